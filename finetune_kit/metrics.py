@@ -6,7 +6,7 @@
 __all__ = ['metrics', 'perplexity', 'AnswerMetric', 'metric', 'normalize', 'exact_match', 'token_f1', 'bleu', 'rouge_l', 'scores',
            'bootstrap', 'Perplexity', 'evaluate_model', 'summarize', 'difference']
 
-# %% ../nbs/06_metrics.ipynb #2401ca3c
+# %% ../nbs/06_metrics.ipynb #5231577b
 import math, re, string
 from collections import Counter
 
@@ -17,7 +17,7 @@ from .core import *
 from .chat import batches
 from .infer import generate
 
-# %% ../nbs/06_metrics.ipynb #318710a0
+# %% ../nbs/06_metrics.ipynb #4540da68
 metrics = Registry("metric")
 
 class AnswerMetric(evaluate.Metric):
@@ -46,7 +46,7 @@ def metric(
     def add(score): return metrics(name)(AnswerMetric(name, score))
     return add
 
-# %% ../nbs/06_metrics.ipynb #98ccf0f0
+# %% ../nbs/06_metrics.ipynb #8c5e9db8
 def normalize(
     text:str, # An answer
 )->str: # Without case, punctuation, articles and superfluous space, as SQuAD compares (arXiv:1606.05250)
@@ -78,7 +78,7 @@ def rouge_l(prediction, reference):
     from rouge_score.rouge_scorer import RougeScorer
     return RougeScorer(["rougeL"]).score(reference, prediction)["rougeL"].fmeasure
 
-# %% ../nbs/06_metrics.ipynb #ef65350b
+# %% ../nbs/06_metrics.ipynb #1b13730a
 def scores(
     model, # Causal language model
     batch_list:list[dict], # As from `batches`
@@ -99,7 +99,7 @@ def scores(
     if not df.n_tokens.sum(): raise MetricComputationError("no token is scored: every label is -100; see chat.check_masks")
     return df
 
-# %% ../nbs/06_metrics.ipynb #a1906bd2
+# %% ../nbs/06_metrics.ipynb #9044ce31
 def bootstrap(
     values, # (items,) numbers, or sums over each item where `weights` are given
     weights=None, # (items,) what to divide by: the tokens of each item; 1 by default
@@ -115,7 +115,7 @@ def bootstrap(
     lo, hi = np.percentile(means, [2.5, 97.5])
     return dict(mean=float(values.sum()/weights.sum()), lo=float(lo), hi=float(hi))
 
-# %% ../nbs/06_metrics.ipynb #705ec686
+# %% ../nbs/06_metrics.ipynb #7a65c324
 class Perplexity(AnswerMetric):
     "exp of the mean NLL per token. Called with a model and batches, it scores them; as an `evaluate.Metric`, it takes each item's NLL and number of tokens."
     def __init__(self, **kwargs): super().__init__("perplexity", lambda p, r: 0., **kwargs)
@@ -131,30 +131,42 @@ class Perplexity(AnswerMetric):
 
 perplexity = metrics("perplexity")(Perplexity())
 
-# %% ../nbs/06_metrics.ipynb #f8f5536b
+# %% ../nbs/06_metrics.ipynb #8612596b
+def _beginning(text, words=16):
+    "The first words of a text, as a prompt, twice (to generate from and to show), and what follows them."
+    parts = text.split(" ")
+    start = " ".join(parts[:min(words, max(1, len(parts)//2))])
+    return start, start, text[len(start):].strip()
+
 def evaluate_model(
     model, # Causal language model in eval mode
     tokenizer, # Its tokenizer
-    encoded:list[dict], # Rows as from `encode_rows`; for conversations the last answer is generated, for texts nothing is
+    encoded:list[dict], # Rows as from `encode_rows`; for conversations the last answer is generated and measured
     template:str|None=None, # As for `render`
     names:tuple=("exact_match", "token_f1"), # Metrics of the generated answers
     batch_size:int=32, # Rows at a time
     max_new_tokens:int=64, # Longest generated answer, in tokens
+    n_texts:int=10, # Of plain texts, continue the beginnings of this many; nothing is measured on them
     progress=None, # Called with the number of steps done, of `2 * rows`
-)->pd.DataFrame: # A row an item: `id`, `domain`, `nll`, `n_tokens`, and for conversations `question`, `reference`, `answer` and a column for each metric
+)->pd.DataFrame: # A row an item: `id`, `domain`, `nll`, `n_tokens`; where something was generated `question`, `reference`, `answer`; for conversations a column for each metric
     "Score and generate. Unknown metrics raise `InvalidConfigError` before anything runs."
     chosen = {n: metrics[n] for n in names}
     tick = progress or (lambda n: None)
     df = scores(model, batches(encoded, batch_size, tokenizer.pad_token_id or 0), lambda n: tick(min(n*batch_size, len(encoded))))
     df.insert(0, "id", [e["id"] for e in encoded]); df.insert(1, "domain", [e["domain"] for e in encoded])
     chats = [i for i, e in enumerate(encoded) if "messages" in e["row"]]
-    if not chats: return df
-    turns = [encoded[i]["row"]["messages"] for i in chats]
-    answers = generate(model, tokenizer, [t[:-1] for t in turns], max_new_tokens, batch_size, template, lambda n: tick(len(encoded)+n))
-    df.loc[chats, "question"], df.loc[chats, "reference"], df.loc[chats, "answer"] = [t[-2]["content"] for t in turns], [t[-1]["content"] for t in turns], answers
-    for name, m in chosen.items(): df.loc[chats, name] = m.items(answers, [t[-1]["content"] for t in turns])
+    texts = [i for i, e in enumerate(encoded) if "text" in e["row"]][:n_texts]
+    for places, pairs in ((chats, [(e["messages"][:-1], e["messages"][-2]["content"], e["messages"][-1]["content"]) for e in (encoded[i]["row"] for i in chats)]),
+                          (texts, [_beginning(encoded[i]["row"]["text"]) for i in texts])):
+        if not places: continue
+        prompts, questions, references = zip(*pairs)
+        answers = generate(model, tokenizer, prompts, max_new_tokens, batch_size, template, lambda n: tick(len(encoded)+n))
+        df.loc[places, "question"], df.loc[places, "reference"], df.loc[places, "answer"] = questions, references, answers
+        if places is chats:
+            for name, m in chosen.items(): df.loc[places, name] = m.items(answers, references)
     return df
 
+# %% ../nbs/06_metrics.ipynb #048dad22
 def summarize(
     items:pd.DataFrame, # As from `evaluate_model`
     names:tuple=("exact_match", "token_f1"), # Metrics to take up
