@@ -6,18 +6,20 @@
 __all__ = ['metrics', 'perplexity', 'AnswerMetric', 'metric', 'normalize', 'exact_match', 'token_f1', 'bleu', 'rouge_l', 'scores',
            'bootstrap', 'Perplexity', 'evaluate_model', 'summarize', 'difference']
 
-# %% ../nbs/06_metrics.ipynb #5231577b
+# %% ../nbs/06_metrics.ipynb #d5ed5416
 import math, re, string
 from collections import Counter
 
-import datasets, evaluate
 import numpy as np, pandas as pd
 
 from .core import *
 from .chat import batches
 from .infer import generate
+from .model import quiet
 
-# %% ../nbs/06_metrics.ipynb #4540da68
+with quiet(): import datasets, evaluate   # evaluate imports all of transformers, which is not quiet
+
+# %% ../nbs/06_metrics.ipynb #318710a0
 metrics = Registry("metric")
 
 class AnswerMetric(evaluate.Metric):
@@ -46,7 +48,7 @@ def metric(
     def add(score): return metrics(name)(AnswerMetric(name, score))
     return add
 
-# %% ../nbs/06_metrics.ipynb #8c5e9db8
+# %% ../nbs/06_metrics.ipynb #98ccf0f0
 def normalize(
     text:str, # An answer
 )->str: # Without case, punctuation, articles and superfluous space, as SQuAD compares (arXiv:1606.05250)
@@ -78,7 +80,7 @@ def rouge_l(prediction, reference):
     from rouge_score.rouge_scorer import RougeScorer
     return RougeScorer(["rougeL"]).score(reference, prediction)["rougeL"].fmeasure
 
-# %% ../nbs/06_metrics.ipynb #1b13730a
+# %% ../nbs/06_metrics.ipynb #ef65350b
 def scores(
     model, # Causal language model
     batch_list:list[dict], # As from `batches`
@@ -99,7 +101,7 @@ def scores(
     if not df.n_tokens.sum(): raise MetricComputationError("no token is scored: every label is -100; see chat.check_masks")
     return df
 
-# %% ../nbs/06_metrics.ipynb #9044ce31
+# %% ../nbs/06_metrics.ipynb #a1906bd2
 def bootstrap(
     values, # (items,) numbers, or sums over each item where `weights` are given
     weights=None, # (items,) what to divide by: the tokens of each item; 1 by default
@@ -115,7 +117,7 @@ def bootstrap(
     lo, hi = np.percentile(means, [2.5, 97.5])
     return dict(mean=float(values.sum()/weights.sum()), lo=float(lo), hi=float(hi))
 
-# %% ../nbs/06_metrics.ipynb #7a65c324
+# %% ../nbs/06_metrics.ipynb #705ec686
 class Perplexity(AnswerMetric):
     "exp of the mean NLL per token. Called with a model and batches, it scores them; as an `evaluate.Metric`, it takes each item's NLL and number of tokens."
     def __init__(self, **kwargs): super().__init__("perplexity", lambda p, r: 0., **kwargs)
@@ -131,7 +133,7 @@ class Perplexity(AnswerMetric):
 
 perplexity = metrics("perplexity")(Perplexity())
 
-# %% ../nbs/06_metrics.ipynb #8612596b
+# %% ../nbs/06_metrics.ipynb #220996ce
 def _beginning(text, words=16):
     "The first words of a text, as a prompt, twice (to generate from and to show), and what follows them."
     parts = text.split(" ")
@@ -166,7 +168,7 @@ def evaluate_model(
             for name, m in chosen.items(): df.loc[places, name] = m.items(answers, references)
     return df
 
-# %% ../nbs/06_metrics.ipynb #048dad22
+# %% ../nbs/06_metrics.ipynb #3bffdcd0
 def summarize(
     items:pd.DataFrame, # As from `evaluate_model`
     names:tuple=("exact_match", "token_f1"), # Metrics to take up

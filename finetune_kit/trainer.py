@@ -6,7 +6,7 @@
 __all__ = ['methods', 'StrictConfig', 'TrainConfig', 'lora', 'qlora', 'full', 'row_order', 'TrainResult', 'validation_loss',
            'plain_loop', 'train']
 
-# %% ../nbs/08_trainer.ipynb #1c4d00a6
+# %% ../nbs/08_trainer.ipynb #dc080369
 import json, math, os, tempfile, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .core import *
 from .chat import batches
-from .metrics import scores
 from .model import add_lora, count_parameters, quiet
 from .surgery import decoder_layers
 
-# %% ../nbs/08_trainer.ipynb #03488ef8
+# %% ../nbs/08_trainer.ipynb #b23939ab
 methods = Registry("training method")
 
 class StrictConfig(BaseModel):
@@ -67,7 +66,7 @@ class TrainConfig(StrictConfig):
 
     def model_post_init(self, _): methods[self.method]
 
-# %% ../nbs/08_trainer.ipynb #9ec51303
+# %% ../nbs/08_trainer.ipynb #e8cb4982
 @methods("lora")
 def lora(model, cfg):
     "Adapters on every linear map of the decoder layers; the rest is frozen."
@@ -85,7 +84,7 @@ def full(model, cfg):
     if getattr(model, "is_quantized", False): raise IncompatibleConfigError("method='full' cannot train quantised weights; set quant=None, or method='qlora'")
     return model.requires_grad_(True)
 
-# %% ../nbs/08_trainer.ipynb #5a4d66c6
+# %% ../nbs/08_trainer.ipynb #45f075c9
 def row_order(
     n_rows:int, # Rows there are
     cfg:TrainConfig, # `max_steps`, `batch_size`, `accumulate`, `seed`
@@ -111,6 +110,7 @@ def validation_loss(
     batch_size:int=32,
 )->float: # Mean NLL per scored token
     "The loss on held-out rows, each token counting the same."
+    from finetune_kit.metrics import scores   # here, since it takes seconds to import and a config must fail before that
     was = model.training
     df = scores(model.eval(), batches(encoded, batch_size))
     model.train(was)
@@ -133,7 +133,7 @@ def _prepare(model, dataset, cfg):
     if not count_parameters(model)["trainable"]: raise TrainingError(f"method {cfg.method!r} leaves no parameter to train")
     return model, train_rows, val_rows
 
-# %% ../nbs/08_trainer.ipynb #a3e36e5e
+# %% ../nbs/08_trainer.ipynb #685a85ab
 def plain_loop(
     model, tokenizer, # As from `load_model`, cut or whole
     dataset, # Encoded rows, or a dict of them under "train" and "validation"
@@ -169,7 +169,7 @@ def plain_loop(
         if on_log: on_log(log[-1])
     return TrainResult(model.eval(), pd.DataFrame(log), tokens, time.perf_counter()-start, count_parameters(model))
 
-# %% ../nbs/08_trainer.ipynb #4019474a
+# %% ../nbs/08_trainer.ipynb #cf84bcf1
 def _sft_class(backend):
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(tempfile.gettempdir())/f"unsloth_compiled_{os.getuid() if hasattr(os, 'getuid') else 0}"))
     import transformers, trl

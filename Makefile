@@ -1,0 +1,49 @@
+# finetune_kit: `make report` and `make test` set up what they need on a machine with Python 3.11+ and make.
+.PHONY: setup report test test-all docs readme lab
+.ONESHELL:
+.SHELLFLAGS := -ec
+
+PYTHON ?= python3
+BIN := .venv/bin
+GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
+ini = $(shell $(PYTHON) -c "from configparser import ConfigParser as C; c = C(delimiters=['=']); c.read('settings.ini'); print(c['DEFAULT']['$(1)'])")
+
+setup: .venv/.ready
+
+# With a GPU the ordinary unsloth; without one its parts, since pip's resolver would pull CUDA packages (see CONTRIBUTING.md)
+.venv/.ready: settings.ini setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; PYTHON=$(PYTHON) is $$($(PYTHON) --version)"; exit 1; }
+	test -x $(BIN)/python || { echo "[1/4] a virtual environment in .venv"; $(PYTHON) -m venv .venv; }
+	echo "[2/4] the kit and what it needs, for $(if $(GPU),the GPU ($(GPU)),the CPU): some minutes on the first call"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev$(if $(GPU),$(comma)gpu)]" $(if $(GPU),,$(call ini,cpu_requirements))
+	echo "[3/4] unsloth"
+	$(if $(GPU),:,$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(call ini,cpu_nodeps))
+	echo "[4/4] git hooks that keep notebooks clean"
+	if git rev-parse --git-dir >/dev/null 2>&1; then $(BIN)/nbdev_install_hooks >/dev/null; fi
+	touch $@
+
+comma := ,
+
+report: setup ## the main job: layer 7 of the embedded base taken out, healed, and reported
+	@$(BIN)/finetune-kit run nbs/train.ipynb -p drop_layer 7
+
+# One thread a process: with as many workers as cores, more would fight over them
+TEST := export OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH";
+
+test: setup ## the asserts beside each export, then what crosses a process
+	@$(TEST) nbdev_test --n_workers 2 --do_print
+	python -m pytest tests -q -m "not slow and not gpu" --durations 8
+
+test-all: setup ## the slow ones and, with a GPU, its tests too
+	@$(TEST) nbdev_test --n_workers 2 --do_print --flags "slow$(if $(GPU), gpu)"
+	python -m pytest tests -q --durations 8
+
+readme: setup ## README.md from nbs/index.ipynb
+	@$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --output-dir . --output README nbs/index.ipynb
+
+docs: setup readme ## the site in _docs; without Quarto, its staged pages in _proc
+	@export PATH="$(CURDIR)/$(BIN):$$PATH"
+	if command -v quarto >/dev/null; then nbdev_docs; else python -c "from nbdev.serve import proc_nbs; print('Quarto is not installed (quarto.org); staged the pages in', proc_nbs())"; fi
+
+lab: setup ## JupyterLab on the notebooks
+	@$(BIN)/jupyter lab nbs
