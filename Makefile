@@ -18,8 +18,8 @@ setup: .venv/.ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev$(if $(GPU),$(comma)gpu)]" $(if $(GPU),,$(call ini,cpu_requirements))
 	echo "[3/4] unsloth"
 	$(if $(GPU),:,$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(call ini,cpu_nodeps))
-	echo "[4/4] git hooks that keep notebooks clean"
-	if git rev-parse --git-dir >/dev/null 2>&1; then $(BIN)/nbdev_install_hooks >/dev/null; fi
+	echo "[4/4] hooks that keep notebooks clean, in git and in JupyterLab"
+	if git rev-parse --git-dir >/dev/null 2>&1; then HOME="$(CURDIR)/.venv" $(BIN)/nbdev_install_hooks >/dev/null; fi
 	touch $@
 
 comma := ,
@@ -46,4 +46,4 @@ docs: setup readme ## the site in _docs; without Quarto, its staged pages in _pr
 	if command -v quarto >/dev/null; then nbdev_docs; else python -c "from nbdev.serve import proc_nbs; print('Quarto is not installed (quarto.org); staged the pages in', proc_nbs())"; fi
 
 lab: setup ## JupyterLab on the notebooks
-	@$(BIN)/jupyter lab nbs
+	@JUPYTER_CONFIG_PATH="$(CURDIR)/.venv/.jupyter" $(BIN)/jupyter lab nbs
