@@ -6,12 +6,12 @@
 __all__ = ['templates', 'chat_template', 'render', 'answer_spans', 'encode', 'encode_rows', 'mask_html', 'end_ids', 'check_masks',
            'batches']
 
-# %% ../nbs/02_chat.ipynb #40924430
+# %% ../nbs/02_chat.ipynb #9b2b7847
 import html
 
 from .core import *
 
-# %% ../nbs/02_chat.ipynb #6b5c8b69
+# %% ../nbs/02_chat.ipynb #11c2ded5
 templates = Registry("chat template")
 templates["alpaca"] = ("{{ bos_token or '' }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n\n{% elif m.role == 'user' %}### Instruction:\n{{ m.content }}\n\n"
     "{% else %}### Response:\n{{ m.content }}{{ eos_token }}\n\n{% endif %}{% endfor %}{% if add_generation_prompt %}### Response:\n{% endif %}")
@@ -39,7 +39,7 @@ def render(
     "The one way from messages to text, for training and for inference."
     return tokenizer.apply_chat_template(messages, chat_template=chat_template(tokenizer, template), tokenize=False, add_generation_prompt=add_generation_prompt)
 
-# %% ../nbs/02_chat.ipynb #86391bd0
+# %% ../nbs/02_chat.ipynb #8ce522b3
 def answer_spans(
     messages:list[dict], # Turns
     tokenizer, template:str|None=None, # As for `render`
@@ -73,7 +73,7 @@ def encode(
         labels = [i if any(a <= s and e <= b and s < e for a, b in spans) else -100 for i, (s, e) in zip(ids, enc.offset_mapping)]
     return dict(input_ids=ids[:max_length], labels=labels[:max_length], n_cut=max(0, len(ids)-(max_length or len(ids))))
 
-# %% ../nbs/02_chat.ipynb #3fb89584
+# %% ../nbs/02_chat.ipynb #712fdfbd
 def encode_rows(
     rows, # `Rows` as `load_rows` gives them; what is left out goes to its `rejects`
     tokenizer, template:str|None=None, # As for `encode`
@@ -88,8 +88,8 @@ def encode_rows(
     if not encoded: raise EmptyDatasetError(f"none of {len(rows)} rows fits into max_length={max_length} tokens; {rows.rejects[-1]['reason'] if rows.rejects else 'there were none'}")
     return encoded
 
-# %% ../nbs/02_chat.ipynb #a03999af
-_CSS = ("<style>.mask{font:13px/1.9 ui-monospace,monospace;white-space:pre-wrap;background:#fff;color:#57606a;padding:.4em .6em;border:1px solid #d0d7de;border-radius:6px;margin:.4em 0}"
+# %% ../nbs/02_chat.ipynb #ae0c64f8
+_CSS = ("<style>.mask{font:13px/1.9 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere;background:#fff;color:#57606a;padding:.4em .6em;border:1px solid #d0d7de;border-radius:6px;margin:.4em 0}"
         ".mask .on{background:#aceebb;color:#0a3d1a}.mask .sp{border:1px solid #8c959f;border-radius:4px;padding:0 2px;margin:0 1px}.mask .cut{background:#ffcecb}</style>")
 
 def mask_html(
@@ -98,15 +98,17 @@ def mask_html(
 )->str: # HTML that needs nothing else
     "Each row's tokens, coloured by whether they are scored. Scored: green; special: framed; cut off: a red mark."
     special = set(tokenizer.all_special_ids)
-    def span(i, label):
-        text = html.escape(tokenizer.decode([i], clean_up_tokenization_spaces=False)).replace("\n", "↵\n")
-        return f'<span class="{"on " if label != -100 else ""}{"sp" if i in special else ""}">{text}</span>'
+    def decode(ids): return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    def span(ids, n, label):
+        before = ids[max(0, n-2):n]                      # a token alone loses the space before it
+        text = html.escape(decode([*before, ids[n]])[len(decode(before)):]).replace("\n", "↵\n")
+        return f'<span class="{"on " if label != -100 else ""}{"sp" if ids[n] in special else ""}">{text}</span>'
     def block(e):
         cut = f' <span class="cut">✂ {e["n_cut"]} tokens cut</span>' if e.get("n_cut") else ""
-        return f'<div class="mask">{"".join(map(span, e["input_ids"], e["labels"]))}{cut}</div>'
+        return f'<div class="mask">{"".join(span(e["input_ids"], n, l) for n, l in enumerate(e["labels"]))}{cut}</div>'
     return _CSS + "".join(map(block, encoded))
 
-# %% ../nbs/02_chat.ipynb #98c1c692
+# %% ../nbs/02_chat.ipynb #1eb9e361
 def _faults(e, tokenizer, template):
     ids, labels, row = e["input_ids"], e["labels"], e["row"]
     if all(i == -100 for i in labels[1:]): yield "no token is supervised", "is an answer in the row, and does it fit into max_length?"
@@ -140,7 +142,7 @@ def check_masks(
             raise MaskError(f"row {e['row'].get('source', e['id'])}: {fault}.\n{shown[:600]}\nRemedy: {remedy}")
     return dict(rows=len(encoded), tokens=sum(len(e["input_ids"]) for e in encoded), supervised=sum(l != -100 for e in encoded for l in e["labels"][1:]), checked=len(encoded[::step]))
 
-# %% ../nbs/02_chat.ipynb #dea97063
+# %% ../nbs/02_chat.ipynb #537bbdfb
 def batches(
     encoded:list[dict], # As from `encode`
     batch_size:int=16, # Rows a batch

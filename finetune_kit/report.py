@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STATES', 'STATE_WORDS', 'Recorder', 'settings_html', 'report_html', 'save_report', 'Progress', 'set_style',
-           'plot_losses', 'plot_states', 'plot_domains', 'answers_html', 'recovered', 'verdict']
+           'plot_losses', 'plot_states', 'plot_domains', 'states_html', 'answers_html', 'recovered', 'verdict']
 
-# %% ../nbs/09_report.ipynb #c18845b6
+# %% ../nbs/09_report.ipynb #113d4507
 import base64, html, sys, time
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from .core import *
 
-# %% ../nbs/09_report.ipynb #8bb5e47f
+# %% ../nbs/09_report.ipynb #c246324a
 class Recorder:
     "Records the cells that a kernel executes, with their outputs, from the cell in which it is made."
     def __init__(self,
@@ -81,7 +81,7 @@ class Recorder:
             cells.append(cell)
         return new_notebook(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")))
 
-# %% ../nbs/09_report.ipynb #d46bc5f8
+# %% ../nbs/09_report.ipynb #72d63a17
 def settings_html(
     values:dict, # Name → value
     defaults:dict, # What they would have been
@@ -92,7 +92,7 @@ def settings_html(
         return f'<div style="break-inside:avoid{";font-weight:700" if changed else ""}"><code>{html.escape(k)}</code> {html.escape(str(v))}{html.escape(f" (default {defaults[k]})") if changed else ""}</div>'
     return f'<div style="columns:16rem;column-gap:1.5rem;font-size:14px;line-height:1.8">{"".join(line(k, v) for k, v in values.items())}</div>'
 
-# %% ../nbs/09_report.ipynb #94550d14
+# %% ../nbs/09_report.ipynb #f1df2782
 _PAGE = """{%- extends 'classic/base.html.j2' -%}
 {% block header %}<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ resources.title }}</title><style>
@@ -101,14 +101,14 @@ main{max-width:60rem;margin:0 auto;padding:1.5rem 1.2rem 4rem}.anchor-link{displ
 .output_area,.text_cell_render{overflow-x:auto}img,svg{max-width:100%;height:auto}pre{font:12.5px/1.5 ui-monospace,Menlo,"DejaVu Sans Mono",monospace;overflow-x:auto}
 code{background:#eff1f3;border-radius:4px;padding:.1em .3em;font-size:.9em}pre code{background:none;padding:0}blockquote{margin:0;padding:0 1em;color:#57606a;border-left:.25em solid #d0d7de}
 details.code{margin:.2em 0}details.code>summary{cursor:pointer;color:#8c959f;font-size:12px;user-select:none}details.code .highlight{background:#f6f8fa;border-radius:6px;padding:.3em .9em}
-details.code.parameters>summary,details.code.injected-parameters>summary{color:#0969da}
+details.code.parameters>summary{color:#0969da}
 table{border-collapse:collapse;border:0;font-size:14px;margin:.6em 0;font-variant-numeric:tabular-nums}th,td{border:0;padding:.35em .7em;border-bottom:1px solid #d8dee4;text-align:left;vertical-align:top}
 thead th{border-bottom:2px solid #afb8c1}td{overflow-wrap:anywhere}.failed{background:#ffebe9;border:1px solid #ff8182;border-radius:6px;padding:.7em 1em;margin:1em 0;overflow-wrap:anywhere}
 .verdict{background:#ddf4ff;border:1px solid #54aeff;border-radius:6px;padding:.9em 1.1em;font-size:17px}.output_error pre{background:#fff5f5;padding:.8em;border-radius:6px}
 .output_stderr{display:none}.ansi-bold{font-weight:bold}.ansi-red-fg{color:#b62324}.ansi-green-fg{color:#116329}.ansi-cyan-fg{color:#1b7c83}.ansi-blue-fg{color:#0550ae}.ansi-yellow-fg{color:#7d4e00}
 {{ resources.pygments_css }}</style></head><body><main>{% if resources.failure %}<div class="failed"><b>This run failed.</b> {{ resources.failure | e }}</div>{% endif %}{% endblock header %}
 {% block footer %}</main></body></html>{% endblock footer %}
-{% block input_group %}{% if cell.source.strip() %}<details class="code {{ (cell.metadata.tags or []) | join(' ') }}"><summary>{% if 'parameters' in (cell.metadata.tags or []) %}Parameters: defaults{% elif cell.source.startswith('# Parameters') %}Parameters of this run{% else %}Code{% endif %}</summary>
+{% block input_group %}{% if cell.source.strip() %}{% set given = cell.source.startswith('# Parameters') %}<details class="code {{ 'parameters' if given else (cell.metadata.tags or []) | join(' ') }}"{{ ' open' if given }}><summary>{% if 'parameters' in (cell.metadata.tags or []) %}Parameters: defaults{% elif given %}Parameters of this run{% else %}Code{% endif %}</summary>
 {{ cell.source | highlight_code(metadata=cell.metadata) }}</details>{% endif %}{% endblock input_group %}
 {% block output_area_prompt %}{% endblock %}{% block empty_in_prompt %}{% endblock %}
 """
@@ -122,6 +122,11 @@ def report_html(
     from jinja2 import DictLoader
     from nbconvert import HTMLExporter
     from pygments.formatters import HtmlFormatter
+    heading = title
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown": heading = next((o.lstrip("# ") for o in reversed(cell.source.splitlines()) if o.startswith("#")), heading)
+        for out in cell.get("outputs", []):
+            if "image/png" in out.get("data", {}): out.metadata.setdefault("alt", f"Figure: {heading}")
     exporter = HTMLExporter(template_name="classic", template_file="report.html.j2", extra_loaders=[DictLoader({"report.html.j2": _PAGE})], exclude_input_prompt=True, exclude_output_prompt=True)
     css = HtmlFormatter(style="default").get_style_defs(".highlight")
     return exporter.from_notebook_node(notebook, resources=dict(title=title, failure=failure, pygments_css=css))[0]
@@ -135,7 +140,7 @@ def save_report(
     write_atomic(Path(folder)/"report.ipynb", nbformat.writes(notebook))
     return write_atomic(Path(folder)/"report.html", report_html(notebook, title, failure))
 
-# %% ../nbs/09_report.ipynb #705ab828
+# %% ../nbs/09_report.ipynb #2016f0f8
 class Progress:
     "A live bar in a notebook that leaves one line when its `with` block ends. Call it with the number of steps done."
     def __init__(self,
@@ -179,7 +184,7 @@ class Progress:
         if self.handle: self.handle.update(self.show(f'<span style="color:#57606a">{html.escape(end)}</span>'))
         log.debug(end)
 
-# %% ../nbs/09_report.ipynb #7f93df7b
+# %% ../nbs/09_report.ipynb #e5d61974
 STATES = dict(base="#7f7f7f", cut="#D55E00", healed="#0072B2", control="#009E73")
 STATE_WORDS = dict(base="base: as loaded", cut="cut: without the layers", healed="healed: cut, then fine-tuned", control="control: whole, same fine-tuning")
 
@@ -192,12 +197,12 @@ def set_style():
 def plot_losses(
     logs:dict[str,pd.DataFrame], # State → the log of its training (`step`, `loss`, `val_loss`)
 ): # matplotlib figure
-    "Training loss (thin: each step, thick: mean of 20) and validation loss (dots)."
+    "Training loss (thin: each step, thick: rolling mean) and validation loss (dots)."
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(8, 3.4))
     for state, log in logs.items():
         ax.plot(log.step, log.loss, color=STATES[state], alpha=.18, lw=.8)
-        ax.plot(log.step, log.loss.rolling(20, min_periods=1).mean(), color=STATES[state], lw=1.8, label=f"{state}, training")
+        ax.plot(log.step, log.loss.rolling(max(1, min(20, len(log)//10)), min_periods=1).mean(), color=STATES[state], lw=1.8, label=f"{state}, training")
         if "val_loss" in log: ax.plot(*log[["step", "val_loss"]].dropna().T.values, "o--", color=STATES[state], ms=5, lw=1, label=f"{state}, validation")
     high = max(np.nanquantile(log.loss, .98) for log in logs.values())
     ax.set(xlabel="optimizer step", ylabel="loss (nats per answer token)", title="Loss while fine-tuning", ylim=(0, high*1.08))
@@ -213,7 +218,7 @@ def plot_states(
     names = {k: v for k, v in names.items() if all(s.get(k) is not None for s in summaries.values())}
     fig, axes = plt.subplots(1, len(names), figsize=(4.2*len(names)+(1.2 if len(names) == 1 else 0), 2.9), sharey=True, squeeze=False)
     for ax, (key, label) in zip(axes[0], names.items()):
-        top = max(s["intervals"][key][1] for s in summaries.values())
+        top = max(s["intervals"][key][1] for s in summaries.values()) or 1
         for i, (state, s) in enumerate(reversed(summaries.items())):
             lo, hi = s["intervals"][key]
             ax.barh(i, s[key], color=STATES[state], height=.62)
@@ -237,7 +242,20 @@ def plot_domains(
     ax.tick_params(axis="y", rotation=0)
     return fig
 
-# %% ../nbs/09_report.ipynb #d3820ded
+# %% ../nbs/09_report.ipynb #e5259b08
+def states_html(
+    summaries:dict[str,dict], # State → its summary
+    names:dict=dict(nll="NLL, nats per token", perplexity="perplexity", exact_match="exact match", token_f1="token F1"), # Metric → column
+)->str: # HTML table
+    "Each state's metrics, with their 95% intervals below."
+    def cell(s, key):
+        if s.get(key) is None: return "<td>–</td>"
+        lo, hi = s["intervals"][key]
+        return f'<td><b>{s[key]:.4g}</b><br><span style="color:#57606a;font-size:12px">{lo:.4g} to {hi:.4g}</span></td>'
+    lines = "".join(f'<tr><td><span style="color:{STATES[state]}">■</span> {STATE_WORDS[state]}</td>{"".join(cell(s, k) for k in names)}</tr>' for state, s in summaries.items())
+    return f"<table><thead><tr><th></th>{''.join(f'<th>{n}</th>' for n in names.values())}</tr></thead><tbody>{lines}</tbody></table>"
+
+# %% ../nbs/09_report.ipynb #343b7dd1
 def answers_html(
     items:dict[str,pd.DataFrame], # State → its evaluation, as from `evaluate_model`
     n:int=10, # Questions to show, taken from all domains in turn
@@ -250,9 +268,10 @@ def answers_html(
         text = html.escape(str(df.answer[i])[:300]) or "<i>nothing</i>"
         return f'<td style="color:#116329">✓ {text}</td>' if df.get("exact_match", pd.Series(dtype=float)).get(i) == 1 else f"<td>{text}</td>"
     lines = "".join(f"<tr><td>{html.escape(str(first.question[i])[-300:])}</td><td>{html.escape(str(first.reference[i])[:300])}</td>{''.join(cell(df, i) for df in items.values())}</tr>" for i in chosen)
-    return f"<table><thead><tr><th>question</th><th>reference</th>{''.join(f'<th>{s}</th>' for s in items)}</tr></thead><tbody>{lines}</tbody></table>"
+    widths = "<colgroup><col style='width:21%'><col style='width:19%'></colgroup>"
+    return f"<table style='table-layout:fixed;width:100%'>{widths}<thead><tr><th>question</th><th>reference</th>{''.join(f'<th>{s}</th>' for s in items)}</tr></thead><tbody>{lines}</tbody></table>"
 
-# %% ../nbs/09_report.ipynb #63499a8f
+# %% ../nbs/09_report.ipynb #9f00c627
 def recovered(
     cut:pd.DataFrame, healed:pd.DataFrame, control:pd.DataFrame, # Evaluations of the same items, as from `evaluate_model`
     name:str="nll", # "nll" or a metric
@@ -269,7 +288,7 @@ def recovered(
     lo, hi = np.percentile((draws @ gap)/(draws @ way), [2.5, 97.5])
     return dict(mean=float(gap.sum()/way.sum()), lo=float(lo), hi=float(hi))
 
-# %% ../nbs/09_report.ipynb #72af53ca
+# %% ../nbs/09_report.ipynb #7e24085d
 def _range(d, percent=False):
     f = (lambda v: f"{100*v:.0f}%") if percent else (lambda v: f"{v:.3f}")
     return f"{f(d['mean'])} ({f(d['lo'])} to {f(d['hi'])})"

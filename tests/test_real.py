@@ -1,5 +1,5 @@
 "Weights and text that nobody here made."
-import json
+import html, json, re
 
 import pytest
 from conftest import p, papermill
@@ -35,14 +35,15 @@ def test_row_counts_match_a_plain_reading(real):
 
 @pytest.mark.parametrize("data, max_rows", [("tinystories_clean.json", 300), ("gsm8k/train.jsonl", 300)])
 def test_train_on_real_weights_and_text(real, data, max_rows, tmp_path):
-    done = papermill(tmp_path/"o.ipynb", tmp_path/"runs", *p(model=real/"stories260K", data=real/data, drop_layer=2, max_steps=40, batch_size=8, max_rows=max_rows, eval_items=16, eval_every=0))
+    done = papermill(tmp_path/"o.ipynb", tmp_path/"runs", *p(model=real/"stories260K", data=real/data, drop_layer=2, max_steps=25, batch_size=4, max_rows=max_rows, eval_items=16, eval_every=0))
     assert done.returncode == 0, done.stderr[-3000:]
     folder = next((tmp_path/"runs").glob("train-drop2-*"))
     m = json.loads((folder/"run.json").read_text())["metrics"]
     assert m["cut"]["nll"] > m["base"]["nll"] and m["healed_minus_cut"]["nll"]["hi"] < 0
     page = (folder/"report.html").read_text()
     if data.startswith("gsm8k"):
-        assert m["healed"]["exact_match"] is not None and "### Instruction:" in page        # no template of its own: Alpaca
+        assert m["healed"]["exact_match"] is not None
+        assert "### Instruction:" in html.unescape(re.sub("<[^>]*>", "", page))             # no template of its own: Alpaca
         left_out = [json.loads(o) for o in (folder/"rejects.jsonl").read_text().splitlines()]
         assert left_out and all("too long" in r["reason"] and r["source"] for r in left_out)
     else: assert m["healed"]["exact_match"] is None and "Once upon a time" in page
