@@ -6,14 +6,14 @@
 __all__ = ['model_config', 'n_layers', 'quiet', 'load_unsloth', 'pick_dtype', 'load_tokenizer', 'load_model', 'lora_targets',
            'add_lora', 'merge_lora', 'count_parameters']
 
-# %% ../nbs/03_model.ipynb #f9f791a6
+# %% ../nbs/03_model.ipynb #0ee085f4
 import contextlib, io, json, os, warnings
 from pathlib import Path
 
 from .core import *
 from .data import is_hub_id
 
-# %% ../nbs/03_model.ipynb #c99cda7c
+# %% ../nbs/03_model.ipynb #f1c6055c
 def model_config(
     name:str|Path, # Folder or hub id ("owner/name")
     trust_remote_code:bool=False, # Allow the model's own Python code to run
@@ -35,7 +35,7 @@ def n_layers(
     cfg = getattr(model_or_config, "config", model_or_config)
     return cfg.get_text_config().num_hidden_layers
 
-# %% ../nbs/03_model.ipynb #d4a0e7f4
+# %% ../nbs/03_model.ipynb #457a1f1d
 @contextlib.contextmanager
 def quiet():
     "Keep banners, warnings and progress bars of the libraries below out of a report. An exception still gets out."
@@ -98,25 +98,31 @@ def load_model(
     dtype = dtype or pick_dtype(device)
     path = resolve_path(name)
     args = dict(dtype=dtype, quantization_config=_quantization(quant, dtype), attn_implementation=attn, trust_remote_code=trust_remote_code, use_safetensors=True)
-    fast = load_unsloth() if backend != "transformers" and device != "mps" else None
+    if backend == "unsloth" and quant == "8bit" and device == "cpu": raise IncompatibleConfigError("backend='unsloth' does not quantise to 8 bits on a CPU; set backend='transformers', or quant='4bit'")
+    plain = backend == "transformers" or device == "mps" or (quant == "8bit" and device == "cpu")   # unsloth would load full precision there, and not say so
+    fast = None if plain else load_unsloth()
     if backend == "unsloth" and fast is None: raise ModelLoadError("backend='unsloth', but it cannot be imported; `make setup` installs it, backend='transformers' does without")
     try:
         with quiet(): model = _load_unsloth(fast, path if path.is_dir() else name, quant, args, max_length) if fast else _load_plain(path if path.is_dir() else name, device, args)
     except FineTuneError: raise
     except Exception as e: raise ModelLoadError(f"cannot load {str(name)!r} ({type(e).__name__}): {e}") from e
+    if quant and not getattr(model, "is_quantized", False): raise ModelLoadError(f"{name}: asked for {quant}, but it was loaded in {model.dtype}; backend='transformers' quantises everywhere")
     model.kit_backend = "unsloth" if fast else "transformers"
     return model.eval(), load_tokenizer(name)
 
 def _load_plain(name, device, args):
     from transformers import AutoModelForCausalLM
-    return AutoModelForCausalLM.from_pretrained(name, device_map={"": device}, **args)
+    model = AutoModelForCausalLM.from_pretrained(name, device_map={"": device}, **args)
+    for m in model.modules():   # bitsandbytes 0.50 repacks weights for AVX-512 in inference, and fails where rows are no multiple of its block
+        if type(m).__name__ == "Linear4bit" and m.in_features % 64: m.support_avx512bf16_for_cpu = False
+    return model
 
 def _load_unsloth(fast, name, quant, args, max_length):
     model, _ = fast.from_pretrained(str(name), max_seq_length=max_length, dtype=args["dtype"], load_in_4bit=quant == "4bit", load_in_8bit=quant == "8bit",
         trust_remote_code=args["trust_remote_code"], **({"attn_implementation": args["attn_implementation"]} if args["attn_implementation"] else {}))
     return model
 
-# %% ../nbs/03_model.ipynb #167cd369
+# %% ../nbs/03_model.ipynb #52b3f3dd
 def lora_targets(
     model, # A causal language model
 )->list[str]: # Last names of the modules, sorted: ["down_proj", "gate_proj", …]
