@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
+GPU := $(shell nvidia-smi -L 2>/dev/null | grep -m 1 '^GPU ')
 ini = $(shell $(PYTHON) -c "from configparser import ConfigParser as C; c = C(delimiters=['=']); c.read('settings.ini'); print(c['DEFAULT']['$(1)'])")
 
 setup: .venv/.ready
@@ -19,7 +19,7 @@ setup: .venv/.ready
 	echo "[3/4] unsloth"
 	$(if $(GPU),:,$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(call ini,cpu_nodeps))
 	echo "[4/4] hooks that keep notebooks clean, in git and in JupyterLab"
-	if git rev-parse --git-dir >/dev/null 2>&1; then HOME="$(CURDIR)/.venv" $(BIN)/nbdev_install_hooks >/dev/null; fi
+	if test -d .git; then HOME="$(CURDIR)/.venv" $(BIN)/nbdev_install_hooks >/dev/null; fi
 	touch $@
 
 comma := ,

@@ -6,12 +6,14 @@
 __all__ = ['templates', 'chat_template', 'render', 'answer_spans', 'encode', 'encode_rows', 'mask_html', 'end_ids', 'check_masks',
            'batches']
 
-# %% ../nbs/02_chat.ipynb #9b2b7847
+# %% ../nbs/02_chat.ipynb #e4710e5a
 import html
+
+import jinja2
 
 from .core import *
 
-# %% ../nbs/02_chat.ipynb #11c2ded5
+# %% ../nbs/02_chat.ipynb #a62ad2f4
 templates = Registry("chat template")
 templates["alpaca"] = ("{{ bos_token or '' }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n\n{% elif m.role == 'user' %}### Instruction:\n{{ m.content }}\n\n"
     "{% else %}### Response:\n{{ m.content }}{{ eos_token }}\n\n{% endif %}{% endfor %}{% if add_generation_prompt %}### Response:\n{% endif %}")
@@ -37,20 +39,24 @@ def render(
     add_generation_prompt:bool=False, # End where the assistant begins to speak
 )->str: # The text that is tokenized, special tokens included
     "The one way from messages to text, for training and for inference."
-    return tokenizer.apply_chat_template(messages, chat_template=chat_template(tokenizer, template), tokenize=False, add_generation_prompt=add_generation_prompt)
+    return tokenizer.apply_chat_template(messages, chat_template=chat_template(tokenizer, template), tokenize=False,
+                                         add_generation_prompt=add_generation_prompt, enable_thinking=False)   # Qwen3's empty <think> belongs to the prompt, not to the answer
 
-# %% ../nbs/02_chat.ipynb #8ce522b3
+# %% ../nbs/02_chat.ipynb #cce72637
 def answer_spans(
     messages:list[dict], # Turns
     tokenizer, template:str|None=None, # As for `render`
 )->tuple[str,list[tuple[int,int]]]: # The rendered text, and where in it (characters, end excluded) the assistant speaks
-    "Where the assistant speaks, end of turn included. `MaskError` where a turn's prompt is no prefix of the whole text."
+    """Where the assistant speaks, end of turn included. `MaskError` where the last turn's prompt is no prefix of the text.
+    An earlier turn that the template renders otherwise once more is said (Qwen3 and Phi-3 do) is not scored."""
     text, spans = render(messages, tokenizer, template), []
     for i, m in enumerate(messages):
         if m["role"] != "assistant": continue
         prompt = render(messages[:i], tokenizer, template, add_generation_prompt=True)
         upto = text if i == len(messages)-1 else render(messages[:i+1], tokenizer, template)
-        if not (upto.startswith(prompt) and text.startswith(upto.rstrip())): raise MaskError(
+        fits = upto.startswith(prompt) and text.startswith(upto.rstrip())
+        if not fits and i < len(messages)-1: continue
+        if not fits: raise MaskError(
             f"the prompt of turn {i} is no prefix of the text that is trained on, so the model would be asked something else than it was taught.\n"
             f"prompt: {prompt[-200:]!r}\ntext:   {text[:len(prompt)+60][-260:]!r}\nRemedy: another template (template='chatml'), or rows with a single answer")
         spans.append((len(prompt), len(upto.rstrip())))
@@ -73,7 +79,7 @@ def encode(
         labels = [i if any(a <= s and e <= b and s < e for a, b in spans) else -100 for i, (s, e) in zip(ids, enc.offset_mapping)]
     return dict(input_ids=ids[:max_length], labels=labels[:max_length], n_cut=max(0, len(ids)-(max_length or len(ids))))
 
-# %% ../nbs/02_chat.ipynb #712fdfbd
+# %% ../nbs/02_chat.ipynb #b82e20ac
 def encode_rows(
     rows, # `Rows` as `load_rows` gives them; what is left out goes to its `rejects`
     tokenizer, template:str|None=None, # As for `encode`
@@ -82,13 +88,16 @@ def encode_rows(
     "Encode all rows. `EmptyDatasetError` where none fits."
     encoded = []
     for r in rows:
-        e = encode(r, tokenizer, template, max_length)
+        try: e = encode(r, tokenizer, template, max_length)
+        except jinja2.TemplateError as error:
+            rows.reject(r, f"the chat template refuses it: {error}")
+            continue
         if e["n_cut"] and "messages" in r: rows.reject(r, f"too long: {len(e['input_ids'])+e['n_cut']} tokens, max_length is {max_length}")
         else: encoded.append(e | dict(id=r["id"], domain=r.get("domain", ""), row=r))
     if not encoded: raise EmptyDatasetError(f"none of {len(rows)} rows fits into max_length={max_length} tokens; {rows.rejects[-1]['reason'] if rows.rejects else 'there were none'}")
     return encoded
 
-# %% ../nbs/02_chat.ipynb #ae0c64f8
+# %% ../nbs/02_chat.ipynb #ed3cb368
 _CSS = ("<style>.mask{font:13px/1.9 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere;background:#fff;color:#57606a;padding:.4em .6em;border:1px solid #d0d7de;border-radius:6px;margin:.4em 0}"
         ".mask .on{background:#aceebb;color:#0a3d1a}.mask .sp{border:1px solid #8c959f;border-radius:4px;padding:0 2px;margin:0 1px}.mask .cut{background:#ffcecb}</style>")
 
@@ -108,7 +117,7 @@ def mask_html(
         return f'<div class="mask">{"".join(span(e["input_ids"], n, l) for n, l in enumerate(e["labels"]))}{cut}</div>'
     return _CSS + "".join(map(block, encoded))
 
-# %% ../nbs/02_chat.ipynb #1eb9e361
+# %% ../nbs/02_chat.ipynb #953975cc
 def _faults(e, tokenizer, template):
     ids, labels, row = e["input_ids"], e["labels"], e["row"]
     if all(i == -100 for i in labels[1:]): yield "no token is supervised", "is an answer in the row, and does it fit into max_length?"
@@ -142,7 +151,7 @@ def check_masks(
             raise MaskError(f"row {e['row'].get('source', e['id'])}: {fault}.\n{shown[:600]}\nRemedy: {remedy}")
     return dict(rows=len(encoded), tokens=sum(len(e["input_ids"]) for e in encoded), supervised=sum(l != -100 for e in encoded for l in e["labels"][1:]), checked=len(encoded[::step]))
 
-# %% ../nbs/02_chat.ipynb #537bbdfb
+# %% ../nbs/02_chat.ipynb #f2cabd02
 def batches(
     encoded:list[dict], # As from `encode`
     batch_size:int=16, # Rows a batch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'run', 'runs', 'plan', 'main']
 
-# %% ../nbs/13_cli.ipynb #f3906c9f
+# %% ../nbs/13_cli.ipynb #84733a12
 import json, sys, tempfile
 from pathlib import Path
 from typing import Annotated, Optional
@@ -14,14 +14,17 @@ import typer
 
 from .core import *
 
-# %% ../nbs/13_cli.ipynb #a67aba75
+# %% ../nbs/13_cli.ipynb #62975142
 app = typer.Typer(help="Which layers of a language model matter, what happens without them, and how much does fine-tuning heal?", no_args_is_help=True, pretty_exceptions_enable=False)
 
 def _parameters(pairs):
     "Pairs as typed, with their values read as YAML: 7, '7,9', [7, 8], true, none."
     import yaml
-    values = list(zip(pairs[::2], pairs[1::2]))
-    return {k: None if v.strip().lower() in ("none", "null", "") else yaml.safe_load(v) for k, v in values}
+    def read(text):
+        if text.strip().lower() in ("none", "null", ""): return None
+        try: return yaml.safe_load(text)
+        except yaml.YAMLError: return text       # a Jinja template, say
+    return {k: read(v) for k, v in zip(pairs[::2], pairs[1::2])}
 
 @app.command()
 def run(

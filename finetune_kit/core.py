@@ -10,13 +10,13 @@ __all__ = ['ROOT', 'log', 'FineTuneError', 'ConfigurationError', 'InvalidConfigE
            'find_root', 'resolve_path', 'write_atomic', 'digest', 'seed_everything', 'detect_device', 'choices',
            'Registry', 'parse_layers', 'load_config', 'setup_logging', 'timed']
 
-# %% ../nbs/00_core.ipynb #5881a226
-import contextlib, difflib, hashlib, importlib.util, json, logging, os, random, re, time
+# %% ../nbs/00_core.ipynb #e2f237bb
+import contextlib, difflib, hashlib, importlib.util, json, logging, operator, os, random, re, time
 from pathlib import Path
 
 import yaml
 
-# %% ../nbs/00_core.ipynb #d1b61fa5
+# %% ../nbs/00_core.ipynb #605d3119
 class FineTuneError(Exception): "Anything that the kit refuses or that goes wrong in it."
 
 class ConfigurationError(FineTuneError, ValueError): "A setting is wrong."
@@ -43,7 +43,7 @@ class CheckpointError(TrainingError, OSError): "A checkpoint cannot be written o
 class EvaluationError(FineTuneError): "Evaluation went wrong."
 class MetricComputationError(EvaluationError, ValueError): "A metric cannot be computed from these inputs."
 
-# %% ../nbs/00_core.ipynb #e96b362a
+# %% ../nbs/00_core.ipynb #b555bc0b
 def find_root(
     start:Path=None, # Folder to start at; the working directory by default
 )->Path: # The nearest folder upwards that holds `settings.ini`, else the checkout that this package runs from, else `start`
@@ -56,7 +56,7 @@ def find_root(
 
 ROOT = find_root()
 
-# %% ../nbs/00_core.ipynb #c932c39b
+# %% ../nbs/00_core.ipynb #6bfb06f0
 def resolve_path(
     path:str|Path, # As the user typed it: absolute, or relative to the working directory or to the project's root
 )->Path: # The existing path, absolute; where neither exists, the one under the working directory
@@ -65,7 +65,7 @@ def resolve_path(
     here = Path.cwd()/path
     return here.resolve() if here.exists() or not (ROOT/path).exists() else (ROOT/path).resolve()
 
-# %% ../nbs/00_core.ipynb #9f2284ff
+# %% ../nbs/00_core.ipynb #8004e1c2
 def write_atomic(
     path:str|Path, # File to write; its folder is made
     text:str, # Whole content, written as UTF-8
@@ -80,7 +80,7 @@ def write_atomic(
     finally: tmp.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/00_core.ipynb #e0ad356a
+# %% ../nbs/00_core.ipynb #b53d54e9
 def digest(
     obj, # Text, bytes, a `Path` (its content), or anything that JSON can hold
     n:int=12, # Hexadecimal digits to keep, 1 to 64
@@ -90,7 +90,7 @@ def digest(
     if not isinstance(obj, (str, bytes)): obj = json.dumps(obj, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(obj.encode() if isinstance(obj, str) else obj).hexdigest()[:n]
 
-# %% ../nbs/00_core.ipynb #08763d1f
+# %% ../nbs/00_core.ipynb #4183f913
 def seed_everything(
     seed:int, # Seed of Python's, NumPy's and torch's generators
 )->int: # `seed`
@@ -107,7 +107,7 @@ def detect_device()->str: # "cuda", "mps" or "cpu"
     if torch.cuda.is_available(): return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
-# %% ../nbs/00_core.ipynb #b676b53d
+# %% ../nbs/00_core.ipynb #bab6bdc1
 def choices(
     value, # What was given
     valid, # What would have been accepted
@@ -132,13 +132,13 @@ class Registry(dict):
 
     def __missing__(self, name): raise InvalidConfigError(f"unknown {self.what} {choices(name, sorted(self))}")
 
-# %% ../nbs/00_core.ipynb #494900a0
+# %% ../nbs/00_core.ipynb #ada7b483
 _ITEM = re.compile(r"(-?\d+)(?:\s*(?:-|\.\.)\s*(-?\d+))?")
 
 def _spec_items(spec):
     if isinstance(spec, bool): raise InvalidConfigError(f"layers {spec!r}: a bool is no layer; use 7, -1, '7,9', '20-24' or [7, 8]")
     if spec is None: return []
-    if isinstance(spec, int): return [spec]
+    if getattr(spec, "ndim", 0) == 0 and hasattr(spec, "__index__"): return [operator.index(spec)]   # NumPy's integers too
     if isinstance(spec, str): return [s for s in spec.strip().strip("[]()").split(",") if s.strip()]
     try: return list(spec)
     except TypeError: raise InvalidConfigError(f"layers {spec!r}: use 7, -1, '7,9', '20-24' or [7, 8]") from None
@@ -149,7 +149,7 @@ def _layer(i, n_layers):
     return i % n_layers
 
 def _expand(item, n_layers):
-    if isinstance(item, int) and not isinstance(item, bool): return [_layer(item, n_layers)]
+    if hasattr(item, "__index__") and not isinstance(item, bool): return [_layer(operator.index(item), n_layers)]
     m = _ITEM.fullmatch(item.strip()) if isinstance(item, str) else None
     if not m: raise InvalidConfigError(f"layers: cannot read {item!r}; use 7, -1, '7,9', '20-24' (both ends included) or [7, 8]")
     a, b = (_layer(int(g), n_layers) for g in (m[1], m[2] or m[1]))
@@ -166,7 +166,7 @@ def parse_layers(
     if twice: raise InvalidConfigError(f"layers {spec!r}: named twice: {', '.join(map(str, twice))}; name each once (of {n_layers}; -1 is {n_layers-1})")
     return sorted(layers)
 
-# %% ../nbs/00_core.ipynb #34a2a005
+# %% ../nbs/00_core.ipynb #3dc3cead
 def _merge(base, over):
     return base | {k: _merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()}
 
@@ -192,7 +192,7 @@ def load_config(
         merged = _merge(merged, load_config(path.parent/parent, (*_seen, path)))
     return _merge(merged, cfg)
 
-# %% ../nbs/00_core.ipynb #1cae5068
+# %% ../nbs/00_core.ipynb #fe241430
 log = logging.getLogger("finetune_kit")
 
 def setup_logging(

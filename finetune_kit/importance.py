@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['layer_calls', 'cut_scores', 'drop_one', 'truncations', 'blocks', 'pairs', 'greedy']
 
-# %% ../nbs/07_importance.ipynb #fcc82a1e
+# %% ../nbs/07_importance.ipynb #07c2cf3d
 import numpy as np, pandas as pd
 
 from .core import *
@@ -13,7 +13,7 @@ from .metrics import bootstrap, scores
 from .model import n_layers
 from .surgery import LayerPlan, _causal_lm, decoder_layers, drop, prune_after, skipping
 
-# %% ../nbs/07_importance.ipynb #f6c1f07e
+# %% ../nbs/07_importance.ipynb #200776b3
 def _split(branches, layer):
     "Of each branch (skipped so far → its plans): those that pass through `layer`, and those that skip it."
     keep, skip = {}, {}
@@ -34,7 +34,7 @@ def layer_calls(
         branches = keep | skip
     return dict(naive=depth + sum(len(p.keep) for p in plans if not p.whole), shared=shared)
 
-# %% ../nbs/07_importance.ipynb #09ed6526
+# %% ../nbs/07_importance.ipynb #80d5d50e
 class _Trunk:
     "The whole model's pass over a batch: what enters each layer, and what else it is called with."
     def __init__(self, model, batch):
@@ -70,7 +70,7 @@ def _repeat(value, rows, n):
     per_row = hasattr(value, "shape") and value.dim() > 1 and value.shape[0] == rows > 1
     return value.repeat(n, *[1]*(value.dim()-1)) if per_row else value
 
-# %% ../nbs/07_importance.ipynb #39cd096d
+# %% ../nbs/07_importance.ipynb #c4cdd810
 def _final_norm(model):
     base = _causal_lm(model).base_model
     return next(getattr(base, n) for n in ("norm", "ln_f", "final_layer_norm") if hasattr(base, n))
@@ -90,6 +90,12 @@ def _row_nll(model, h, labels, chunk=2048):
     nll = torch.zeros(labels.shape, dtype=torch.float64, device=h.device)
     if losses: nll[hit] = torch.cat(losses)
     return nll.sum(1).cpu().numpy()
+
+def _scored(batch_list):
+    "How many tokens of each row are scored, (rows,)."
+    tokens = np.concatenate([(b["labels"][:, 1:] != -100).sum(1).cpu().numpy() for b in batch_list]) if batch_list else np.zeros(0)
+    if not tokens.sum(): raise MetricComputationError("no token is scored: every label is -100; see chat.check_masks")
+    return tokens
 
 def _walk(model, trunk, plans, max_rows, known=None):
     "Each plan's `_row_nll` on the trunk's batch. `known`: (skipped, layer) → state after it, from an earlier walk; replaced by this walk's."
@@ -123,8 +129,7 @@ def cut_scores(
     if not plans: raise InvalidConfigError("no plan to score; give at least one LayerPlan")
     whole = drop(model, None)
     if wrong := [p for p in plans if p.n_layers != whole.n_layers]: raise IncompatibleConfigError(f"a plan is for {wrong[0].n_layers} layers, the model has {whole.n_layers}")
-    tokens = np.concatenate([(b["labels"][:, 1:] != -100).sum(1).cpu().numpy() for b in batch_list]) if batch_list else np.zeros(0)
-    if not tokens.sum(): raise MetricComputationError("no token is scored: every label is -100; see chat.check_masks")
+    tokens = _scored(batch_list)
     if naive:
         rows = []
         for n, plan in enumerate([whole, *plans]):
@@ -140,7 +145,7 @@ def cut_scores(
     both = np.concatenate(found, 1)
     return both[:-1], both[-1], tokens
 
-# %% ../nbs/07_importance.ipynb #8ad5fcf3
+# %% ../nbs/07_importance.ipynb #b7d57cda
 def _table(places, nll, base, tokens):
     rows = []
     for place, values in zip(places, nll):
@@ -189,7 +194,7 @@ def pairs(
     places = [dict(layer=i, other=j) for n, i in enumerate(layers) for j in layers[n+1:]]
     return _table(places, *cut_scores(model, batches, [drop(depth, list(p.values())) for p in places], naive, max_rows, progress))
 
-# %% ../nbs/07_importance.ipynb #706f9fc6
+# %% ../nbs/07_importance.ipynb #ba635e3a
 def greedy(
     model, batches:list[dict], # As for `cut_scores`
     k:int, # How many layers to remove, in 1..layers-1
@@ -199,21 +204,19 @@ def greedy(
     import torch
     depth = n_layers(model)
     if not 1 <= k < depth: raise InvalidConfigError(f"k {k} not in 1..{depth-1} ({depth} layers; one must stay)")
-    gone, places, costs, base = [], [], [], None
+    tokens, gone, places, costs = _scored(batches), [], [], []
     with torch.no_grad(): walks = None if naive else [(_Trunk(model, b), {}) for b in batches]
     for step in range(1, k+1):
         left = [i for i in range(depth) if i not in gone]
         plans = [drop(depth, [*gone, i]) for i in left]
-        if naive: nll, base, tokens = cut_scores(model, batches, plans, True)
-        else: nll, base, tokens = _greedy_step(model, batches, plans, walks, max_rows)
+        nll, base = cut_scores(model, batches, plans, True)[:2] if naive else _greedy_step(plans, model, walks, max_rows)
         best = int(np.argmin(nll.sum(1)))
         gone.append(left[best]); places.append(dict(step=step, layer=left[best])); costs.append(nll[best])
         if progress: progress(step)
     return _table(places, costs, base, tokens)
 
-def _greedy_step(model, batches, plans, walks, max_rows):
+def _greedy_step(plans, model, walks, max_rows):
     import torch
     whole = drop(plans[0].n_layers, None)
     with torch.no_grad(): found = [_walk(model, trunk, [*plans, whole], max_rows, known) for trunk, known in walks]
-    tokens = np.concatenate([(b["labels"][:, 1:] != -100).sum(1).cpu().numpy() for b in batches])
-    return np.stack([np.concatenate([f[p] for f in found]) for p in plans]), np.concatenate([f[whole] for f in found]), tokens
+    return np.stack([np.concatenate([f[p] for f in found]) for p in plans]), np.concatenate([f[whole] for f in found])

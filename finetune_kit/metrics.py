@@ -6,7 +6,7 @@
 __all__ = ['metrics', 'perplexity', 'AnswerMetric', 'metric', 'normalize', 'exact_match', 'token_f1', 'bleu', 'rouge_l', 'scores',
            'bootstrap', 'Perplexity', 'evaluate_model', 'summarize', 'difference']
 
-# %% ../nbs/06_metrics.ipynb #d5ed5416
+# %% ../nbs/06_metrics.ipynb #26f7c080
 import math, re, string
 from collections import Counter
 
@@ -19,7 +19,7 @@ from .model import quiet
 
 with quiet(): import datasets, evaluate   # evaluate imports all of transformers, which is not quiet
 
-# %% ../nbs/06_metrics.ipynb #318710a0
+# %% ../nbs/06_metrics.ipynb #4540da68
 metrics = Registry("metric")
 
 class AnswerMetric(evaluate.Metric):
@@ -48,7 +48,7 @@ def metric(
     def add(score): return metrics(name)(AnswerMetric(name, score))
     return add
 
-# %% ../nbs/06_metrics.ipynb #98ccf0f0
+# %% ../nbs/06_metrics.ipynb #8c5e9db8
 def normalize(
     text:str, # An answer
 )->str: # Without case, punctuation, articles and superfluous space, as SQuAD compares (arXiv:1606.05250)
@@ -80,12 +80,12 @@ def rouge_l(prediction, reference):
     from rouge_score.rouge_scorer import RougeScorer
     return RougeScorer(["rougeL"]).score(reference, prediction)["rougeL"].fmeasure
 
-# %% ../nbs/06_metrics.ipynb #ef65350b
+# %% ../nbs/06_metrics.ipynb #f4ec086c
 def scores(
     model, # Causal language model
-    batch_list:list[dict], # As from `batches`
+    batch_list:list[dict], # As from `batches`: tensors `input_ids`, `attention_mask`, `labels`, each (batch, seq); `rows`, their places, if not in order
     progress=None, # Called with the number of batches done
-)->pd.DataFrame: # A row for each encoded row, in their order: `nll` (sum over its scored tokens, float64, nats) and `n_tokens`
+)->pd.DataFrame: # A row for each row, by its place: `nll` (sum over its scored tokens, float64, nats) and `n_tokens`
     "Negative log-likelihood of each row's scored tokens. `MetricComputationError` where no token is scored."
     import torch
     out = {}
@@ -95,13 +95,13 @@ def scores(
         hit = labels != -100
         nll = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
         nll[hit] = torch.nn.functional.cross_entropy(logits[hit].float(), labels[hit], reduction="none").double()
-        out |= {i: (s, t) for i, s, t in zip(b["rows"], nll.sum(1).tolist(), hit.sum(1).tolist())}
+        out |= {i: (s, t) for i, s, t in zip(b.get("rows") or range(len(out), len(out)+len(nll)), nll.sum(1).tolist(), hit.sum(1).tolist())}
         if progress: progress(n)
     df = pd.DataFrame([out[i] for i in sorted(out)], columns=["nll", "n_tokens"])
     if not df.n_tokens.sum(): raise MetricComputationError("no token is scored: every label is -100; see chat.check_masks")
     return df
 
-# %% ../nbs/06_metrics.ipynb #a1906bd2
+# %% ../nbs/06_metrics.ipynb #9044ce31
 def bootstrap(
     values, # (items,) numbers, or sums over each item where `weights` are given
     weights=None, # (items,) what to divide by: the tokens of each item; 1 by default
@@ -117,7 +117,7 @@ def bootstrap(
     lo, hi = np.percentile(means, [2.5, 97.5])
     return dict(mean=float(values.sum()/weights.sum()), lo=float(lo), hi=float(hi))
 
-# %% ../nbs/06_metrics.ipynb #705ec686
+# %% ../nbs/06_metrics.ipynb #7a65c324
 class Perplexity(AnswerMetric):
     "exp of the mean NLL per token. Called with a model and batches, it scores them; as an `evaluate.Metric`, it takes each item's NLL and number of tokens."
     def __init__(self, **kwargs): super().__init__("perplexity", lambda p, r: 0., **kwargs)
@@ -133,7 +133,7 @@ class Perplexity(AnswerMetric):
 
 perplexity = metrics("perplexity")(Perplexity())
 
-# %% ../nbs/06_metrics.ipynb #220996ce
+# %% ../nbs/06_metrics.ipynb #8612596b
 def _beginning(text, words=16):
     "The first words of a text, as a prompt, twice (to generate from and to show), and what follows them."
     parts = text.split(" ")
@@ -168,7 +168,7 @@ def evaluate_model(
             for name, m in chosen.items(): df.loc[places, name] = m.items(answers, references)
     return df
 
-# %% ../nbs/06_metrics.ipynb #3bffdcd0
+# %% ../nbs/06_metrics.ipynb #048dad22
 def summarize(
     items:pd.DataFrame, # As from `evaluate_model`
     names:tuple=("exact_match", "token_f1"), # Metrics to take up

@@ -6,14 +6,14 @@
 __all__ = ['model_config', 'n_layers', 'quiet', 'load_unsloth', 'pick_dtype', 'load_tokenizer', 'load_model', 'lora_targets',
            'add_lora', 'merge_lora', 'count_parameters']
 
-# %% ../nbs/03_model.ipynb #0ee085f4
+# %% ../nbs/03_model.ipynb #f9f791a6
 import contextlib, io, json, os, warnings
 from pathlib import Path
 
 from .core import *
 from .data import is_hub_id
 
-# %% ../nbs/03_model.ipynb #f1c6055c
+# %% ../nbs/03_model.ipynb #c99cda7c
 def model_config(
     name:str|Path, # Folder or hub id ("owner/name")
     trust_remote_code:bool=False, # Allow the model's own Python code to run
@@ -35,7 +35,7 @@ def n_layers(
     cfg = getattr(model_or_config, "config", model_or_config)
     return cfg.get_text_config().num_hidden_layers
 
-# %% ../nbs/03_model.ipynb #457a1f1d
+# %% ../nbs/03_model.ipynb #85f955ea
 @contextlib.contextmanager
 def quiet():
     "Keep banners, warnings and progress bars of the libraries below out of a report. An exception still gets out."
@@ -99,7 +99,7 @@ def load_model(
     path = resolve_path(name)
     args = dict(dtype=dtype, quantization_config=_quantization(quant, dtype), attn_implementation=attn, trust_remote_code=trust_remote_code, use_safetensors=True)
     if backend == "unsloth" and quant == "8bit" and device == "cpu": raise IncompatibleConfigError("backend='unsloth' does not quantise to 8 bits on a CPU; set backend='transformers', or quant='4bit'")
-    plain = backend == "transformers" or device == "mps" or (quant == "8bit" and device == "cpu")   # unsloth would load full precision there, and not say so
+    plain = backend == "transformers" or device == "mps" or device != detect_device() or (quant == "8bit" and device == "cpu")   # unsloth would load full precision there, and not say so
     fast = None if plain else load_unsloth()
     if backend == "unsloth" and fast is None: raise ModelLoadError("backend='unsloth', but it cannot be imported; `make setup` installs it, backend='transformers' does without")
     try:
@@ -119,10 +119,10 @@ def _load_plain(name, device, args):
 
 def _load_unsloth(fast, name, quant, args, max_length):
     model, _ = fast.from_pretrained(str(name), max_seq_length=max_length, dtype=args["dtype"], load_in_4bit=quant == "4bit", load_in_8bit=quant == "8bit",
-        trust_remote_code=args["trust_remote_code"], **({"attn_implementation": args["attn_implementation"]} if args["attn_implementation"] else {}))
+        trust_remote_code=args["trust_remote_code"], use_exact_model_name=True, use_safetensors=True, **({"attn_implementation": args["attn_implementation"]} if args["attn_implementation"] else {}))
     return model
 
-# %% ../nbs/03_model.ipynb #52b3f3dd
+# %% ../nbs/03_model.ipynb #ce0a88dc
 def lora_targets(
     model, # A causal language model
 )->list[str]: # Last names of the modules, sorted: ["down_proj", "gate_proj", …]

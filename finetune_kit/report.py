@@ -6,7 +6,7 @@
 __all__ = ['STATES', 'STATE_WORDS', 'Recorder', 'settings_html', 'report_html', 'save_report', 'Progress', 'set_style',
            'plot_losses', 'plot_states', 'plot_domains', 'states_html', 'answers_html', 'recovered', 'verdict']
 
-# %% ../nbs/09_report.ipynb #113d4507
+# %% ../nbs/09_report.ipynb #c18845b6
 import base64, html, sys, time
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from .core import *
 
-# %% ../nbs/09_report.ipynb #c246324a
+# %% ../nbs/09_report.ipynb #c06703c8
 class Recorder:
     "Records the cells that a kernel executes, with their outputs, from the cell in which it is made."
     def __init__(self,
@@ -26,7 +26,10 @@ class Recorder:
     ):
         self.shell, self.on_cell, self.cells, self.shown = shell, on_cell, [], {}
         self.source = nbformat.read(source, 4).cells if source and Path(source).exists() else []
-        for code in shell.user_ns.get("In", [""])[1:]: self._begin(code)
+        known = {c.source.strip() for c in self.source}
+        for code in shell.user_ns.get("In", [""])[1:]:   # what ran before: the notebook's own cells and papermill's, nothing else that a session may have held
+            if code.strip() in known or code.startswith("# Parameters\n"): self._begin(code)
+        if not self.cells: self._begin(shell.user_ns.get("In", [""])[-1])
         self._hook(True)
 
     def _hook(self, on):
@@ -81,7 +84,7 @@ class Recorder:
             cells.append(cell)
         return new_notebook(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")))
 
-# %% ../nbs/09_report.ipynb #72d63a17
+# %% ../nbs/09_report.ipynb #d46bc5f8
 def settings_html(
     values:dict, # Name → value
     defaults:dict, # What they would have been
@@ -92,7 +95,7 @@ def settings_html(
         return f'<div style="break-inside:avoid{";font-weight:700" if changed else ""}"><code>{html.escape(k)}</code> {html.escape(str(v))}{html.escape(f" (default {defaults[k]})") if changed else ""}</div>'
     return f'<div style="columns:16rem;column-gap:1.5rem;font-size:14px;line-height:1.8">{"".join(line(k, v) for k, v in values.items())}</div>'
 
-# %% ../nbs/09_report.ipynb #f1df2782
+# %% ../nbs/09_report.ipynb #7ab844d3
 _PAGE = """{%- extends 'classic/base.html.j2' -%}
 {% block header %}<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ resources.title }}</title><style>
@@ -140,7 +143,7 @@ def save_report(
     write_atomic(Path(folder)/"report.ipynb", nbformat.writes(notebook))
     return write_atomic(Path(folder)/"report.html", report_html(notebook, title, failure))
 
-# %% ../nbs/09_report.ipynb #2016f0f8
+# %% ../nbs/09_report.ipynb #705ab828
 class Progress:
     "A live bar in a notebook that leaves one line when its `with` block ends. Call it with the number of steps done."
     def __init__(self,
@@ -184,7 +187,7 @@ class Progress:
         if self.handle: self.handle.update(self.show(f'<span style="color:#57606a">{html.escape(end)}</span>'))
         log.debug(end)
 
-# %% ../nbs/09_report.ipynb #e5d61974
+# %% ../nbs/09_report.ipynb #d18c2b91
 STATES = dict(base="#7f7f7f", cut="#D55E00", healed="#0072B2", control="#009E73")
 STATE_WORDS = dict(base="base: as loaded", cut="cut: without the layers", healed="healed: cut, then fine-tuned", control="control: whole, same fine-tuning")
 
@@ -242,7 +245,7 @@ def plot_domains(
     ax.tick_params(axis="y", rotation=0)
     return fig
 
-# %% ../nbs/09_report.ipynb #e5259b08
+# %% ../nbs/09_report.ipynb #d7e8c328
 def states_html(
     summaries:dict[str,dict], # State → its summary
     names:dict=dict(nll="NLL, nats per token", perplexity="perplexity", exact_match="exact match", token_f1="token F1"), # Metric → column
@@ -255,7 +258,7 @@ def states_html(
     lines = "".join(f'<tr><td><span style="color:{STATES[state]}">■</span> {STATE_WORDS[state]}</td>{"".join(cell(s, k) for k in names)}</tr>' for state, s in summaries.items())
     return f"<table><thead><tr><th></th>{''.join(f'<th>{n}</th>' for n in names.values())}</tr></thead><tbody>{lines}</tbody></table>"
 
-# %% ../nbs/09_report.ipynb #343b7dd1
+# %% ../nbs/09_report.ipynb #3473c9a4
 def answers_html(
     items:dict[str,pd.DataFrame], # State → its evaluation, as from `evaluate_model`
     n:int=10, # Questions to show, taken from all domains in turn
@@ -271,7 +274,7 @@ def answers_html(
     widths = "<colgroup><col style='width:21%'><col style='width:19%'></colgroup>"
     return f"<table style='table-layout:fixed;width:100%'>{widths}<thead><tr><th>question</th><th>reference</th>{''.join(f'<th>{s}</th>' for s in items)}</tr></thead><tbody>{lines}</tbody></table>"
 
-# %% ../nbs/09_report.ipynb #9f00c627
+# %% ../nbs/09_report.ipynb #d7ac6bdc
 def recovered(
     cut:pd.DataFrame, healed:pd.DataFrame, control:pd.DataFrame, # Evaluations of the same items, as from `evaluate_model`
     name:str="nll", # "nll" or a metric
@@ -285,10 +288,11 @@ def recovered(
     draws = np.random.default_rng(seed).multinomial(len(gap), np.full(len(gap), 1/len(gap)), size=n)
     lo, hi = np.percentile(draws @ way, [2.5, 97.5])
     if lo <= 0 <= hi: return None
-    lo, hi = np.percentile((draws @ gap)/(draws @ way), [2.5, 97.5])
+    ways = draws @ way
+    lo, hi = np.percentile((draws @ gap)[ways != 0]/ways[ways != 0], [2.5, 97.5])
     return dict(mean=float(gap.sum()/way.sum()), lo=float(lo), hi=float(hi))
 
-# %% ../nbs/09_report.ipynb #7e24085d
+# %% ../nbs/09_report.ipynb #0fb3cbc6
 def _range(d, percent=False):
     f = (lambda v: f"{100*v:.0f}%") if percent else (lambda v: f"{v:.3f}")
     return f"{f(d['mean'])} ({f(d['lo'])} to {f(d['hi'])})"

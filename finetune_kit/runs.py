@@ -6,16 +6,16 @@
 __all__ = ['RunConfig', 'plan_of', 'check_config', 'read_dials', 'content_hashes', 'run_id', 'environment', 'runs_folder', 'Run',
            'start_run', 'load_run', 'list_runs', 'control_run']
 
-# %% ../nbs/10_runs.ipynb #162fe7f8
-import ast, hashlib, json, os, platform, socket, subprocess, sys, time
+# %% ../nbs/10_runs.ipynb #fae398cb
+import ast, hashlib, importlib.util, json, os, platform, socket, subprocess, sys, time
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Literal
 
-import pandas as pd
-from filelock import FileLock
-from pydantic import Field
+import nbformat, pandas as pd
+from filelock import FileLock, Timeout
+from pydantic import Field, field_validator
 
 import finetune_kit
 from .core import *
@@ -23,10 +23,10 @@ from .chat import templates
 from .data import is_hub_id, loaders, source_files
 from .model import model_config, n_layers
 from .report import Recorder, save_report
-from .surgery import LayerPlan, drop, prune_after
+from .surgery import LayerPlan, drop, layers_path, prune_after
 from .trainer import TrainConfig
 
-# %% ../nbs/10_runs.ipynb #298d8a0d
+# %% ../nbs/10_runs.ipynb #11aed210
 class RunConfig(TrainConfig):
     "Everything that decides about a run's result."
     model:str = "data/tiny-base"                                       # Folder or hub id of the base
@@ -40,6 +40,11 @@ class RunConfig(TrainConfig):
     template:str|None = None                                           # Chat template: None: the model's own
     eval_items:Annotated[int, Field(ge=2)] = 200                       # Held-out rows to evaluate on
     max_new_tokens:Annotated[int, Field(ge=1)] = 40                    # Longest generated answer, in tokens
+
+    @field_validator("drop_layer", "prune_after", mode="before")
+    def _no_bool(cls, value):
+        if isinstance(value, bool): raise ValueError("a bool is no layer; use 7, -1, '7,9', '20-24' or [7, 8]")
+        return value
 
 def plan_of(
     cfg:RunConfig, # Its `drop_layer` or `prune_after`
@@ -58,20 +63,21 @@ def check_config(
     if cfg.method == "full" and cfg.quant: raise IncompatibleConfigError(f"method='full' with quant={cfg.quant!r}: quantised weights cannot be trained; set quant=None, or method='qlora'")
     base = model_config(cfg.model)
     plan = plan_of(cfg, base)
+    if not plan.whole: layers_path(base)
     room = getattr(base.get_text_config(), "max_position_embeddings", None)
     if room and cfg.max_length > room: raise InvalidConfigError(f"max_length={cfg.max_length} not in 8..{room}, the context of {cfg.model}; set max_length={room}")
     if cfg.template and cfg.template != "own" and "{" not in cfg.template: templates[cfg.template]
     if not is_hub_id(cfg.data): source_files(cfg.data)
     return plan
 
-# %% ../nbs/10_runs.ipynb #a9a324ce
+# %% ../nbs/10_runs.ipynb #355e7bce
 def _injected(cells):
     "Names that papermill's cell sets, in a list of executed cells' sources."
     code = next((c for c in reversed(cells) if c.startswith("# Parameters\n")), "")
     return {t.id for node in ast.parse(code).body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)}
 
 def _config_path(name):
-    tried = [resolve_path(name), *((ROOT/"experiments/configs"/name).with_suffix(s) for s in (".yaml", ".yml", ".json"))]
+    tried = [resolve_path(name), *(ROOT/"experiments/configs"/f"{name}{s}" for s in ("", ".yaml", ".yml", ".json"))]
     return next((p for p in tried if p.is_file()), ROOT/"experiments/configs"/name)
 
 def read_dials(
@@ -88,30 +94,35 @@ def read_dials(
     if values.get("prune_after") is not None and "drop_layer" not in values and "drop_layer" in fields: values["drop_layer"] = None
     return cls(**values)
 
-# %% ../nbs/10_runs.ipynb #ee98dd53
+# %% ../nbs/10_runs.ipynb #39508738
 def _file_digest(path):
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()[:12]
 
 def content_hashes(
-    cfg:RunConfig,
-)->dict[str,str]: # `config`, `code`, `data`, `model`, `template`: short hexadecimal digests ("hub" data and models count by name)
+    experiment:str, # The notebook's name, whose code counts
+    cfg:RunConfig, plan:LayerPlan, # What is asked, and what stays of the model
+)->dict[str,str]: # `config`, `code`, `data`, `model`, `template`, `machine`: short hexadecimal digests ("hub" data and models count by name)
     "What the run stands on, in digests."
     base = resolve_path(cfg.model)
     files = [] if is_hub_id(cfg.data) else source_files(cfg.data)
     weights = sorted(p for p in base.glob("*") if p.suffix in (".json", ".jinja", ".safetensors")) if base.is_dir() else []
-    jinja = base/"chat_template.jinja"
-    return dict(config=digest(cfg.model_dump()), code=digest([_file_digest(p) for p in sorted(Path(finetune_kit.__file__).parent.glob("*.py"))]),
+    jinja, notebook = base/"chat_template.jinja", ROOT/"nbs"/f"{experiment}.ipynb"
+    cells = [c["source"] for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"] if notebook.exists() else []
+    asked = {k: v for k, v in cfg.model_dump().items() if k not in ("drop_layer", "prune_after")} | dict(dropped=plan.dropped)
+    backend = cfg.backend if cfg.backend != "auto" else "unsloth" if importlib.util.find_spec("unsloth") else "transformers"
+    return dict(config=digest(asked), code=digest([*(_file_digest(p) for p in sorted(Path(finetune_kit.__file__).parent.glob("*.py"))), cells]),
                 data=digest([_file_digest(p) for p in files] or cfg.data), model=digest([_file_digest(p) for p in weights] or cfg.model),
-                template=digest(jinja.read_text() if cfg.template in (None, "own") and jinja.exists() else cfg.template))
+                template=digest(jinja.read_text() if cfg.template in (None, "own") and jinja.exists() else cfg.template), machine=digest([detect_device(), backend]))
 
 def run_id(
-    experiment:str, # The notebook's name
-    cfg:RunConfig, hashes:dict, # As from `content_hashes`
+    name:str, # What the id begins with: the notebook's name, "control"
+    plan:LayerPlan, hashes:dict, # What stays of the model; as from `content_hashes`
 )->str: # "train-drop7-3f2a91c0"
-    "The id that `cfg` has on this code, data and model."
-    what = "whole" if cfg.drop_layer is None and cfg.prune_after is None else f"keep{cfg.prune_after}" if cfg.prune_after else f"drop{'_'.join(map(str, cfg.drop_layer)) if isinstance(cfg.drop_layer, list) else cfg.drop_layer}"
-    what = "".join(c if c.isalnum() or c in "_-" else "_" for c in str(what))[:24]
-    return f"{experiment}-{what}-{digest(hashes, 8)}"
+    "The id of a run on this code, data, model and kind of machine."
+    gone = plan.dropped
+    in_a_row = gone and gone == list(range(gone[0], gone[-1]+1))
+    what = "whole" if plan.whole else f"drop{gone[0]}" if len(gone) == 1 else f"drop{gone[0]}-{gone[-1]}" if in_a_row else "drop" + "_".join(map(str, gone))[:24]
+    return f"{name}-{what}-{digest(hashes, 8)}"
 
 def environment()->dict: # `versions` of the packages that matter, `python`, `platform`, `device`, `commit` (with "+" where files differ from it)
     "What the run ran on."
@@ -127,19 +138,20 @@ def environment()->dict: # `versions` of the packages that matter, `python`, `pl
     return dict(versions={n: v for n in names if (v := found(n))}, python=platform.python_version(), platform=platform.platform(), commit=commit or None,
                 device=torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads")
 
-# %% ../nbs/10_runs.ipynb #e66b7de7
+# %% ../nbs/10_runs.ipynb #46aec638
 def runs_folder()->Path: # `experiments/runs` of the project, or $FINETUNE_KIT_RUNS
     "Where runs are kept."
     return Path(os.environ.get("FINETUNE_KIT_RUNS") or ROOT/"experiments/runs")
 
-_recording = None    # The recorder of the run that this kernel is in
+_active = None    # The run that this kernel is in
 
 @dataclass
 class Run:
     "A run and its folder."
     folder:Path
     info:dict = field(default_factory=dict) # What `run.json` says
-    recorder:Recorder|None = None
+    recorder:Recorder|None = None # Records the notebook that the run is
+    lock:FileLock|None = None # Held while it runs, so that no other process writes here
 
     @property
     def id(self): return self.folder.name
@@ -163,7 +175,7 @@ class Run:
 
     def items(self)->dict[str,pd.DataFrame]: # State → its evaluation
         "The evaluations, item by item."
-        table = pd.read_json(self.folder/"items.jsonl", lines=True, dtype=dict(id=str, question=str, reference=str, answer=str), convert_dates=False)
+        table = pd.read_json(self.folder/"items.jsonl", lines=True, dtype={k: object for k in ("id", "domain", "question", "reference", "answer")}, convert_dates=False)
         return {s: df.drop(columns="state").reset_index(drop=True) for s, df in table.groupby("state", sort=False)}
 
     def save_rejects(self,
@@ -180,37 +192,53 @@ class Run:
         "Mark the run as done once the cell that calls this is through and its outputs are in the report."
         done = dict(status="done", metrics=metrics, artifacts=artifacts or {}, finished=time.time(), error=None)
         if self.recorder: self._done = done
-        else: self.save(**done)
+        else: self.save(**done).release()
+
+    def release(self):
+        "Let go of the folder: recorder and lock."
+        if self.recorder: self.recorder.stop()
+        if self.lock: self.lock.release(force=True)
 
     def _after_cell(self, error):
-        done = getattr(self, "_done", None)
-        if not (error or done): return
+        done, notebook = getattr(self, "_done", None), self.recorder.notebook()
+        if not (error or done):   # so far; a killed run leaves this
+            write_atomic(self.folder/"report.ipynb", nbformat.writes(notebook))
+            return
         message = f"{type(error).__name__}: {error}" if error else ""
-        save_report(self.recorder.notebook(), self.folder, f"{self.info['experiment']}: {self.info['plan']}", message)
-        if done and not error: self.recorder.stop()
-        self.save(**(dict(status="failed", error=message, finished=time.time()) if error else done))
+        end = dict(status="failed", error=message, finished=time.time()) if error else done
+        try: save_report(notebook, self.folder, f"{self.info['experiment']}: {self.info['plan']}", message)
+        except Exception as e:
+            end |= dict(error=f"{end['error'] or ''} (no report: {type(e).__name__}: {e})")
+            raise
+        finally:
+            self.save(**end)
+            if done: self.release()
 
 def start_run(
     experiment:str, # The notebook's name, without suffix
     cfg:RunConfig, plan:LayerPlan, # What is going to be done
     record:bool=True, # Record the notebook into a report, where this runs in one
+    name:str|None=None, # What the id begins with; the experiment's name by default
 )->Run:
-    "Begin a run in its folder; what an earlier try of the same run left there is replaced."
-    global _recording
-    hashes = content_hashes(cfg)
-    run = Run(runs_folder()/run_id(experiment, cfg, hashes))
+    "Begin a run in its folder; what an earlier try of the same run left there is replaced. `FineTuneError` where another process is at it."
+    global _active
+    if record and _active: _active.release()
+    hashes = content_hashes(experiment, cfg, plan)
+    run = Run(runs_folder()/run_id(name or experiment, plan, hashes))
     run.folder.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.jsonl", "items.jsonl", "rejects.jsonl", "report.html", "report.ipynb"): (run.folder/name).unlink(missing_ok=True)
+    run.lock = FileLock(run.folder/".lock")
+    try: run.lock.acquire(timeout=0)
+    except Timeout: raise FineTuneError(f"{run.id} is being run by process {_read(run.folder).get('pid')} on {_read(run.folder).get('host')}; wait for it, or change a parameter") from None
+    for old in ("metrics.jsonl", "items.jsonl", "rejects.jsonl", "report.html", "report.ipynb"): (run.folder/old).unlink(missing_ok=True)
     run.save(id=run.id, experiment=experiment, status="running", plan=str(plan), dropped=plan.dropped, config=cfg.model_dump(), hashes=hashes, seed=cfg.seed,
              started=time.time(), finished=None, pid=os.getpid(), host=socket.gethostname(), metrics={}, artifacts={}, error=None, **environment())
     from IPython import get_ipython
     shell = get_ipython() if record else None
     if hasattr(shell, "kernel"):
-        if _recording: _recording.stop()
-        run.recorder = _recording = Recorder(shell, ROOT/"nbs"/f"{experiment}.ipynb", run._after_cell)
+        run.recorder, _active = Recorder(shell, ROOT/"nbs"/f"{experiment}.ipynb", run._after_cell), run
     return run
 
-# %% ../nbs/10_runs.ipynb #31450b9c
+# %% ../nbs/10_runs.ipynb #d133f81e
 def _read(folder):
     try:
         info = json.loads((folder/"run.json").read_text(encoding="utf-8"))
@@ -239,21 +267,23 @@ def list_runs()->pd.DataFrame: # A row a run, newest first: `id`, `experiment`, 
         rows.append({k: info.get(k) for k in ("id", "experiment", "status", "plan", "seed", "started", "error")} | metrics)
     return pd.DataFrame(rows, columns=None if rows else ["id", "experiment", "status", "plan", "seed", "started", "error"]).sort_values("started", ascending=False, ignore_index=True)
 
-# %% ../nbs/10_runs.ipynb #939c3b74
+# %% ../nbs/10_runs.ipynb #8d5fc77c
 def control_run(
-    cfg:RunConfig, # Of the run that needs a control
+    experiment:str, # The notebook that needs a control
+    cfg:RunConfig, # Its config
     make, # Called with the control's `Run` where there is none yet: trains, evaluates, calls `save_items` and `finish`
 )->Run: # Done, with the whole model's evaluations before ("base") and after ("control") the same fine-tuning
     "The whole model after the fine-tuning that `cfg` describes; made by `make` or found."
     whole = RunConfig(**(cfg.model_dump() | dict(drop_layer=None, prune_after=None)))
-    folder = runs_folder()/run_id("control", whole, content_hashes(whole))
+    plan = drop(model_config(cfg.model), None)
+    folder = runs_folder()/run_id("control", plan, content_hashes(experiment, whole, plan))
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder/".lock"):
+    with FileLock(folder/".making"):
         if _read(folder)["status"] == "done": return Run(folder, _read(folder))
-        run = start_run("control", whole, drop(model_config(cfg.model), None), record=False)
+        run = start_run(experiment, whole, plan, record=False, name="control")
         try: make(run)
         except BaseException as e:
-            run.save(status="failed", error=f"{type(e).__name__}: {e}", finished=time.time())
+            run.save(status="failed", error=f"{type(e).__name__}: {e}", finished=time.time()).release()
             raise
         if run.info["status"] != "done": raise FineTuneError("control_run: make(run) returned without run.finish(...)")
         return run

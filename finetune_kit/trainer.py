@@ -6,7 +6,7 @@
 __all__ = ['methods', 'StrictConfig', 'TrainConfig', 'lora', 'qlora', 'full', 'row_order', 'TrainResult', 'validation_loss',
            'plain_loop', 'train']
 
-# %% ../nbs/08_trainer.ipynb #dc080369
+# %% ../nbs/08_trainer.ipynb #7c822bf6
 import json, math, os, tempfile, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from .chat import batches
 from .model import add_lora, count_parameters, quiet
 from .surgery import decoder_layers
 
-# %% ../nbs/08_trainer.ipynb #b23939ab
+# %% ../nbs/08_trainer.ipynb #03488ef8
 methods = Registry("training method")
 
 class StrictConfig(BaseModel):
@@ -66,10 +66,11 @@ class TrainConfig(StrictConfig):
 
     def model_post_init(self, _): methods[self.method]
 
-# %% ../nbs/08_trainer.ipynb #e8cb4982
+# %% ../nbs/08_trainer.ipynb #50df1423
 @methods("lora")
 def lora(model, cfg):
-    "Adapters on every linear map of the decoder layers; the rest is frozen."
+    "Adapters on every linear map of the decoder layers; the rest is frozen. A model that has adapters keeps the ones it has."
+    if hasattr(model, "peft_config"): return model
     return add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, seed=cfg.seed)
 
 @methods("qlora")
@@ -84,7 +85,7 @@ def full(model, cfg):
     if getattr(model, "is_quantized", False): raise IncompatibleConfigError("method='full' cannot train quantised weights; set quant=None, or method='qlora'")
     return model.requires_grad_(True)
 
-# %% ../nbs/08_trainer.ipynb #45f075c9
+# %% ../nbs/08_trainer.ipynb #6ac18dad
 def row_order(
     n_rows:int, # Rows there are
     cfg:TrainConfig, # `max_steps`, `batch_size`, `accumulate`, `seed`
@@ -133,7 +134,7 @@ def _prepare(model, dataset, cfg):
     if not count_parameters(model)["trainable"]: raise TrainingError(f"method {cfg.method!r} leaves no parameter to train")
     return model, train_rows, val_rows
 
-# %% ../nbs/08_trainer.ipynb #685a85ab
+# %% ../nbs/08_trainer.ipynb #a3e36e5e
 def plain_loop(
     model, tokenizer, # As from `load_model`, cut or whole
     dataset, # Encoded rows, or a dict of them under "train" and "validation"
@@ -169,7 +170,7 @@ def plain_loop(
         if on_log: on_log(log[-1])
     return TrainResult(model.eval(), pd.DataFrame(log), tokens, time.perf_counter()-start, count_parameters(model))
 
-# %% ../nbs/08_trainer.ipynb #cf84bcf1
+# %% ../nbs/08_trainer.ipynb #4019474a
 def _sft_class(backend):
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(tempfile.gettempdir())/f"unsloth_compiled_{os.getuid() if hasattr(os, 'getuid') else 0}"))
     import transformers, trl

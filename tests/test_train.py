@@ -27,7 +27,7 @@ def test_run_json_says_everything(run):
         m = r["metrics"][state]
         assert m["n_tokens"] > 100 and m["perplexity"] == pytest.approx(2.718281828**m["nll"], rel=1e-6)
         assert 0 <= m["exact_match"] <= 1 and m["intervals"]["nll"][0] <= m["nll"] <= m["intervals"]["nll"][1]
-    assert set(r["hashes"]) == {"config", "code", "data", "model", "template"} and r["versions"]["torch"] and r["versions"]["unsloth"]
+    assert set(r["hashes"]) == {"config", "code", "data", "model", "template", "machine"} and r["versions"]["torch"] and r["versions"]["unsloth"]
     assert r["config"]["drop_layer"] == 7 and r["config"]["max_steps"] == 60
     for path in ("model", "report", "items", "log", "rejects"): assert (folder/r["artifacts"][path]).exists()
 
@@ -128,7 +128,7 @@ def test_config_file_and_dials(tmp_path):
     (tmp_path/"mine.yaml").write_text("_extends: base.yaml\nmax_rows: 40\n")
     done = papermill(tmp_path/"o.ipynb", tmp_path/"runs", *p(config=tmp_path/"mine.yaml", prune_after=6, lr=0.0005))
     assert done.returncode == 0, done.stderr[-3000:]
-    r = info(next((tmp_path/"runs").glob("train-keep6-*")))
+    r = info(next((tmp_path/"runs").glob("train-drop6-11-*")))
     assert {k: r["config"][k] for k in ("max_steps", "lr", "max_rows", "drop_layer")} == dict(max_steps=3, lr=.0005, max_rows=40, drop_layer=None)
     (tmp_path/"base.yaml").write_text("max_step: 3\n")
     done = papermill(tmp_path/"o.ipynb", tmp_path/"runs2", *p(config=tmp_path/"mine.yaml"))
