@@ -6,7 +6,7 @@
 __all__ = ['RunConfig', 'plan_of', 'check_config', 'read_dials', 'content_hashes', 'run_id', 'environment', 'runs_folder', 'Run',
            'start_run', 'load_run', 'list_runs', 'control_run']
 
-# %% ../nbs/10_runs.ipynb #fae398cb
+# %% ../nbs/10_runs.ipynb #eb1583e8
 import ast, hashlib, importlib.util, json, os, platform, socket, subprocess, sys, time
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -26,7 +26,7 @@ from .report import Recorder, save_report
 from .surgery import LayerPlan, drop, layers_path, prune_after
 from .trainer import TrainConfig
 
-# %% ../nbs/10_runs.ipynb #11aed210
+# %% ../nbs/10_runs.ipynb #da3961a7
 class RunConfig(TrainConfig):
     "Everything that decides about a run's result."
     model:str = "data/tiny-base"                                       # Folder or hub id of the base
@@ -70,7 +70,7 @@ def check_config(
     if not is_hub_id(cfg.data): source_files(cfg.data)
     return plan
 
-# %% ../nbs/10_runs.ipynb #355e7bce
+# %% ../nbs/10_runs.ipynb #deb78b28
 def _injected(cells):
     "Names that papermill's cell sets, in a list of executed cells' sources."
     code = next((c for c in reversed(cells) if c.startswith("# Parameters\n")), "")
@@ -94,7 +94,7 @@ def read_dials(
     if values.get("prune_after") is not None and "drop_layer" not in values and "drop_layer" in fields: values["drop_layer"] = None
     return cls(**values)
 
-# %% ../nbs/10_runs.ipynb #39508738
+# %% ../nbs/10_runs.ipynb #2794a18a
 def _file_digest(path):
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()[:12]
 
@@ -138,10 +138,19 @@ def environment()->dict: # `versions` of the packages that matter, `python`, `pl
     return dict(versions={n: v for n in names if (v := found(n))}, python=platform.python_version(), platform=platform.platform(), commit=commit or None,
                 device=torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads")
 
-# %% ../nbs/10_runs.ipynb #46aec638
+# %% ../nbs/10_runs.ipynb #0ac6e3b8
 def runs_folder()->Path: # `experiments/runs` of the project, or $FINETUNE_KIT_RUNS
     "Where runs are kept."
     return Path(os.environ.get("FINETUNE_KIT_RUNS") or ROOT/"experiments/runs")
+
+def _read(folder):
+    try:
+        info = json.loads((folder/"run.json").read_text(encoding="utf-8"))
+        if not isinstance(info, dict) or "status" not in info: raise ValueError("no status")
+    except (OSError, ValueError) as e: return dict(id=folder.name, status="damaged", error=str(e))
+    if info["status"] == "running" and info.get("host") == socket.gethostname() and not Path(f"/proc/{info.get('pid')}").exists() and Path("/proc").exists():
+        info |= dict(status="stopped", error="its process is gone")
+    return info
 
 _active = None    # The run that this kernel is in
 
@@ -238,16 +247,7 @@ def start_run(
         run.recorder, _active = Recorder(shell, ROOT/"nbs"/f"{experiment}.ipynb", run._after_cell), run
     return run
 
-# %% ../nbs/10_runs.ipynb #d133f81e
-def _read(folder):
-    try:
-        info = json.loads((folder/"run.json").read_text(encoding="utf-8"))
-        if not isinstance(info, dict) or "status" not in info: raise ValueError("no status")
-    except (OSError, ValueError) as e: return dict(id=folder.name, status="damaged", error=str(e))
-    if info["status"] == "running" and info.get("host") == socket.gethostname() and not Path(f"/proc/{info.get('pid')}").exists() and Path("/proc").exists():
-        info |= dict(status="stopped", error="its process is gone")
-    return info
-
+# %% ../nbs/10_runs.ipynb #b9926449
 def load_run(
     id:str, # A run's id, or the beginning of one
 )->Run:
@@ -267,7 +267,7 @@ def list_runs()->pd.DataFrame: # A row a run, newest first: `id`, `experiment`, 
         rows.append({k: info.get(k) for k in ("id", "experiment", "status", "plan", "seed", "started", "error")} | metrics)
     return pd.DataFrame(rows, columns=None if rows else ["id", "experiment", "status", "plan", "seed", "started", "error"]).sort_values("started", ascending=False, ignore_index=True)
 
-# %% ../nbs/10_runs.ipynb #8d5fc77c
+# %% ../nbs/10_runs.ipynb #0b3a8257
 def control_run(
     experiment:str, # The notebook that needs a control
     cfg:RunConfig, # Its config
