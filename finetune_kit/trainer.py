@@ -6,7 +6,7 @@
 __all__ = ['methods', 'StrictConfig', 'TrainConfig', 'lora', 'qlora', 'full', 'row_order', 'TrainResult', 'validation_loss',
            'plain_loop', 'train']
 
-# %% ../nbs/08_trainer.ipynb #7c822bf6
+# %% ../nbs/08_trainer.ipynb #dc080369
 import json, math, os, tempfile, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from .chat import batches
 from .model import add_lora, count_parameters, quiet
 from .surgery import decoder_layers
 
-# %% ../nbs/08_trainer.ipynb #03488ef8
+# %% ../nbs/08_trainer.ipynb #7173c331
 methods = Registry("training method")
 
 class StrictConfig(BaseModel):
@@ -58,7 +58,7 @@ class TrainConfig(StrictConfig):
     clip:Annotated[float, Field(gt=0)] = 1.                            # Largest gradient norm
     batch_size:Annotated[int, Field(ge=1)] = 16                        # Rows a step and device
     accumulate:Annotated[int, Field(ge=1)] = 1                         # Micro-batches of `batch_size` rows before each step
-    max_steps:Annotated[int, Field(ge=1)] = 250                        # Optimizer steps
+    max_steps:Annotated[int, Field(ge=1)] = 200                        # Optimizer steps
     eval_every:Annotated[int, Field(ge=0)] = 50                        # Steps between validations; 0: only at the end
     max_length:Annotated[int, Field(ge=8)] = 512                       # Longest row, in tokens
     seed:Annotated[int, Field(ge=0)] = 0                               # Of adapters, order of rows and dropout
@@ -66,7 +66,7 @@ class TrainConfig(StrictConfig):
 
     def model_post_init(self, _): methods[self.method]
 
-# %% ../nbs/08_trainer.ipynb #50df1423
+# %% ../nbs/08_trainer.ipynb #8f0fa6d8
 @methods("lora")
 def lora(model, cfg):
     "Adapters on every linear map of the decoder layers; the rest is frozen. A model that has adapters keeps the ones it has."
@@ -85,7 +85,7 @@ def full(model, cfg):
     if getattr(model, "is_quantized", False): raise IncompatibleConfigError("method='full' cannot train quantised weights; set quant=None, or method='qlora'")
     return model.requires_grad_(True)
 
-# %% ../nbs/08_trainer.ipynb #6ac18dad
+# %% ../nbs/08_trainer.ipynb #45f075c9
 def row_order(
     n_rows:int, # Rows there are
     cfg:TrainConfig, # `max_steps`, `batch_size`, `accumulate`, `seed`
@@ -134,7 +134,7 @@ def _prepare(model, dataset, cfg):
     if not count_parameters(model)["trainable"]: raise TrainingError(f"method {cfg.method!r} leaves no parameter to train")
     return model, train_rows, val_rows
 
-# %% ../nbs/08_trainer.ipynb #a3e36e5e
+# %% ../nbs/08_trainer.ipynb #685a85ab
 def plain_loop(
     model, tokenizer, # As from `load_model`, cut or whole
     dataset, # Encoded rows, or a dict of them under "train" and "validation"
@@ -170,7 +170,7 @@ def plain_loop(
         if on_log: on_log(log[-1])
     return TrainResult(model.eval(), pd.DataFrame(log), tokens, time.perf_counter()-start, count_parameters(model))
 
-# %% ../nbs/08_trainer.ipynb #4019474a
+# %% ../nbs/08_trainer.ipynb #cf84bcf1
 def _sft_class(backend):
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(tempfile.gettempdir())/f"unsloth_compiled_{os.getuid() if hasattr(os, 'getuid') else 0}"))
     import transformers, trl
