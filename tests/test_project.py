@@ -51,7 +51,7 @@ def test_embedded_data_is_what_its_notebook_writes(tmp_path):
 def test_no_item_in_two_splits():
     "By what is asked, not by its wording: a species' fact, a sum, the words of a game."
     def item(domain, row):
-        turns = row.get("messages") or [dict(content=row.get("input") or row["question"])]
+        turns = row.get("messages") or [dict(content=row.get("instruction") or row["question"])]
         text = next(t["content"] for t in turns if t.get("role", "user") == "user")
         if domain == "math": return ("loses" in text or "gives" in text or "keep" in text, "Who has more" in text, tuple(map(int, re.findall(r"\d+", text))))
         if domain == "chat": return text.split(": ")[-1]
