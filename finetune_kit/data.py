@@ -7,7 +7,7 @@ __all__ = ['FIELDS', 'ROLES', 'loaders', 'SPLITS', 'find_fields', 'read_jsonl', 
            'read_parquet', 'read_txt', 'to_row', 'Rows', 'source_files', 'is_hub_id', 'load_rows', 'split_of',
            'prepare_dataset', 'quick_load']
 
-# %% ../nbs/01_data.ipynb #0b731218
+# %% ../nbs/01_data.ipynb #b92c6f98
 import csv, json, re
 from collections import Counter
 from itertools import chain, zip_longest
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .core import *
 
-# %% ../nbs/01_data.ipynb #02fdbe6d
+# %% ../nbs/01_data.ipynb #daecd6e1
 FIELDS = dict( # For each part, the names that it goes by, in the order in which they are tried
     messages=("messages", "conversations", "conversation", "dialog"),
     question=("question", "instruction", "prompt", "query", "problem"),
@@ -25,7 +25,7 @@ FIELDS = dict( # For each part, the names that it goes by, in the order in which
 )
 ROLES = dict(user="user", human="user", assistant="assistant", gpt="assistant", bot="assistant", model="assistant", system="system")
 
-# %% ../nbs/01_data.ipynb #66f33d1a
+# %% ../nbs/01_data.ipynb #0d0cac2d
 def find_fields(
     row:dict, # A row as it was read
     mapping:dict|None=None, # What goes by which name, over what is found: `dict(question="ask")`
@@ -37,7 +37,7 @@ def find_fields(
     found = {part: names[n] for part, tried in FIELDS.items() for n in reversed(tried) if row.get(names.get(n)) is not None}
     return found | {p: f for p, f in (mapping or {}).items() if f in row}
 
-# %% ../nbs/01_data.ipynb #263fa7cc
+# %% ../nbs/01_data.ipynb #10640ea2
 loaders = Registry("file format")
 
 @loaders(".jsonl")
@@ -97,7 +97,7 @@ def read_txt(path):
         for n, line in enumerate(f, 1):
             if line.strip(): yield n, line.strip()
 
-# %% ../nbs/01_data.ipynb #7fdbc63d
+# %% ../nbs/01_data.ipynb #42a1b086
 def _text(value, what):
     if isinstance(value, (int, float)) and not isinstance(value, bool): value = str(value)
     if isinstance(value, list) and all(isinstance(p, dict) for p in value): value = "".join(str(p.get("text", p.get("value", ""))) for p in value)
@@ -144,7 +144,7 @@ def to_row(
     if messages[-1]["role"] != "assistant": raise ValueError(f"the last turn is the {messages[-1]['role']}'s, not the assistant's")
     return dict(messages=messages) | extra
 
-# %% ../nbs/01_data.ipynb #12cb08cf
+# %% ../nbs/01_data.ipynb #31809a8f
 class Rows(list):
     "Rows, with what was left out in `rejects`: a list of `source`, `reason` and the beginning of the `row`."
     def __init__(self, rows=(), rejects=()):
@@ -194,7 +194,7 @@ def _in_turn(*sources, turns):
     if not turns: yield from chain(*sources)
     else: yield from (row for rows in zip_longest(*sources) for row in rows if row is not None)
 
-# %% ../nbs/01_data.ipynb #910edbd8
+# %% ../nbs/01_data.ipynb #913dd85c
 def _add(rows, seen, source, raw, mapping):
     try:
         if isinstance(raw, ValueError): raise raw
@@ -222,7 +222,7 @@ def load_rows(
     raise NoTextColumnsError(f"none of the {len(rows.rejects)} rows of {source!r} can be used; the first: {rows.rejects[0]['reason']}. "
                              f"Map the fields by hand, as in mapping={{'question': 'ask', 'answer': 'reply'}}")
 
-# %% ../nbs/01_data.ipynb #5ec935aa
+# %% ../nbs/01_data.ipynb #9b9022d8
 SPLITS = ("train", "validation", "test")
 
 def split_of(
@@ -234,7 +234,7 @@ def split_of(
     u = int(digest(key, 15), 16) / 16**15
     return "test" if u < test else "validation" if u < test + validation else "train"
 
-# %% ../nbs/01_data.ipynb #78751ece
+# %% ../nbs/01_data.ipynb #2f33c63c
 def _question(row): return digest([m for m in row["messages"] if m["role"] != "assistant"] if "messages" in row else row["text"])
 
 def _own_splits(source):
@@ -244,7 +244,7 @@ def _own_splits(source):
     return (found & set(SPLITS), [f for f in files if _split_name(f) not in SPLITS]) if {"train", "test"} <= found else (set(), [])
 
 def _load_splits(source, own, others, mapping, validation, max_rows):
-    splits = {s: load_rows(source, s, mapping, max_rows) for s in own}
+    splits = {s: load_rows(source, s, mapping, max_rows) for s in SPLITS if s in own}
     splits["train"].rejects += [dict(source=f.name, reason="a file outside the splits", row="") for f in others]
     if "validation" not in own:   # out of the training rows; an official test split stays what it is
         rows, splits["train"], splits["validation"] = splits["train"], Rows(rejects=splits["train"].rejects), Rows()
@@ -276,7 +276,7 @@ def prepare_dataset(
         splits[s] = kept
     if empty := [s for s in SPLITS if not splits[s]]: raise EmptyDatasetError(
         f"{source!r}: nothing left in {', '.join(empty)}; of {sum(map(len, splits.values()))} rows a larger share is needed, or files named {', '.join(SPLITS)}")
-    return splits
+    return {s: splits[s] for s in SPLITS}
 
 def quick_load(
     source:str|Path|list, # As for `load_rows`

@@ -6,7 +6,7 @@
 __all__ = ['STATES', 'STATE_WORDS', 'Recorder', 'settings_html', 'report_html', 'save_report', 'Progress', 'set_style',
            'plot_losses', 'plot_states', 'plot_domains', 'states_html', 'answers_html', 'recovered', 'verdict']
 
-# %% ../nbs/09_report.ipynb #c18845b6
+# %% ../nbs/09_report.ipynb #113d4507
 import base64, html, sys, time
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from .core import *
 
-# %% ../nbs/09_report.ipynb #c06703c8
+# %% ../nbs/09_report.ipynb #199a408c
 class Recorder:
     "Records the cells that a kernel executes, with their outputs, from the cell in which it is made."
     def __init__(self,
@@ -84,7 +84,7 @@ class Recorder:
             cells.append(cell)
         return new_notebook(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")))
 
-# %% ../nbs/09_report.ipynb #d46bc5f8
+# %% ../nbs/09_report.ipynb #72d63a17
 def settings_html(
     values:dict, # Name → value
     defaults:dict, # What they would have been
@@ -95,7 +95,7 @@ def settings_html(
         return f'<div style="break-inside:avoid{";font-weight:700" if changed else ""}"><code>{html.escape(k)}</code> {html.escape(str(v))}{html.escape(f" (default {defaults[k]})") if changed else ""}</div>'
     return f'<div style="columns:16rem;column-gap:1.5rem;font-size:14px;line-height:1.8">{"".join(line(k, v) for k, v in values.items())}</div>'
 
-# %% ../nbs/09_report.ipynb #7ab844d3
+# %% ../nbs/09_report.ipynb #f1df2782
 _PAGE = """{%- extends 'classic/base.html.j2' -%}
 {% block header %}<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ resources.title }}</title><style>
@@ -143,7 +143,7 @@ def save_report(
     write_atomic(Path(folder)/"report.ipynb", nbformat.writes(notebook))
     return write_atomic(Path(folder)/"report.html", report_html(notebook, title, failure))
 
-# %% ../nbs/09_report.ipynb #705ab828
+# %% ../nbs/09_report.ipynb #2016f0f8
 class Progress:
     "A live bar in a notebook that leaves one line when its `with` block ends. Call it with the number of steps done."
     def __init__(self,
@@ -187,7 +187,7 @@ class Progress:
         if self.handle: self.handle.update(self.show(f'<span style="color:#57606a">{html.escape(end)}</span>'))
         log.debug(end)
 
-# %% ../nbs/09_report.ipynb #d18c2b91
+# %% ../nbs/09_report.ipynb #e5d61974
 STATES = dict(base="#7f7f7f", cut="#D55E00", healed="#0072B2", control="#009E73")
 STATE_WORDS = dict(base="base: as loaded", cut="cut: without the layers", healed="healed: cut, then fine-tuned", control="control: whole, same fine-tuning")
 
@@ -245,7 +245,7 @@ def plot_domains(
     ax.tick_params(axis="y", rotation=0)
     return fig
 
-# %% ../nbs/09_report.ipynb #d7e8c328
+# %% ../nbs/09_report.ipynb #e5259b08
 def states_html(
     summaries:dict[str,dict], # State → its summary
     names:dict=dict(nll="NLL, nats per token", perplexity="perplexity", exact_match="exact match", token_f1="token F1"), # Metric → column
@@ -258,7 +258,7 @@ def states_html(
     lines = "".join(f'<tr><td><span style="color:{STATES[state]}">■</span> {STATE_WORDS[state]}</td>{"".join(cell(s, k) for k in names)}</tr>' for state, s in summaries.items())
     return f"<table><thead><tr><th></th>{''.join(f'<th>{n}</th>' for n in names.values())}</tr></thead><tbody>{lines}</tbody></table>"
 
-# %% ../nbs/09_report.ipynb #3473c9a4
+# %% ../nbs/09_report.ipynb #343b7dd1
 def answers_html(
     items:dict[str,pd.DataFrame], # State → its evaluation, as from `evaluate_model`
     n:int=10, # Questions to show, taken from all domains in turn
@@ -274,7 +274,7 @@ def answers_html(
     widths = "<colgroup><col style='width:21%'><col style='width:19%'></colgroup>"
     return f"<table style='table-layout:fixed;width:100%'>{widths}<thead><tr><th>question</th><th>reference</th>{''.join(f'<th>{s}</th>' for s in items)}</tr></thead><tbody>{lines}</tbody></table>"
 
-# %% ../nbs/09_report.ipynb #d7ac6bdc
+# %% ../nbs/09_report.ipynb #dbf86370
 def recovered(
     cut:pd.DataFrame, healed:pd.DataFrame, control:pd.DataFrame, # Evaluations of the same items, as from `evaluate_model`
     name:str="nll", # "nll" or a metric
@@ -292,7 +292,7 @@ def recovered(
     lo, hi = np.percentile((draws @ gap)[ways != 0]/ways[ways != 0], [2.5, 97.5])
     return dict(mean=float(gap.sum()/way.sum()), lo=float(lo), hi=float(hi))
 
-# %% ../nbs/09_report.ipynb #0fb3cbc6
+# %% ../nbs/09_report.ipynb #be005e59
 def _range(d, percent=False):
     f = (lambda v: f"{100*v:.0f}%") if percent else (lambda v: f"{v:.3f}")
     return f"{f(d['mean'])} ({f(d['lo'])} to {f(d['hi'])})"
@@ -310,10 +310,10 @@ def verdict(
     else:
         gone = f"layer{'s' if len(plan.dropped) > 1 else ''} {', '.join(map(str, plan.dropped))}"
         text = f"Without <b>{gone}</b> ({len(plan.keep)} of {plan.n_layers} stay) the NLL goes from {s['base']['nll']:.3f} to <b>{s['cut']['nll']:.3f}</b>; fine-tuning brings it to <b>{s['healed']['nll']:.3f}</b>, where the whole model reaches {s['control']['nll']:.3f} by the same fine-tuning. "
-        share = shares.get("nll")
-        text += f"<b>Healing recovered {_range(share, True)} of the control's level.</b> " if share else "Cut and control do not differ by more than their interval, so there was nothing to heal. "
+        for name, share in shares.items():
+            what = "NLL" if name == "nll" else name.replace("_", " ")
+            text += f"<b>In {what}, healing recovered {_range(share, True)} of the control's level.</b> " if share else f"In {what}, cut and control do not differ by more than their interval, so there was nothing to heal. "
         for name, g in gains.items():
-            sure = "more" if (g["lo"] > 0 or g["hi"] < 0) else "<b>not</b> more"
-            text += f"Healed against cut, {'NLL' if name == 'nll' else name.replace('_', ' ')}: {_range(g)}, {sure} than its interval. "
-        if em := shares.get("exact_match"): text += f"In exact match, {_range(em, True)} was recovered. "
+            sure = "more than its interval" if (g["lo"] > 0 or g["hi"] < 0) else "<b>not</b> more than its interval"
+            text += f"Healed against cut, {'NLL' if name == 'nll' else name.replace('_', ' ')}: {_range(g)}, {sure}. "
     return f'<div class="verdict">{text}<br><small>95% bootstrap intervals over items; {html.escape(conditions)}</small></div>'
