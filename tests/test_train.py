@@ -62,8 +62,8 @@ def test_report_stands_alone_and_is_clean(run):
 
 def test_report_is_the_executed_notebook(run):
     d, folder = run
-    ran = [c.source for c in nbformat.read(d/"out.ipynb", 4).cells if c.cell_type != "raw"]
-    assert [c.source for c in nbformat.read(folder/"report.ipynb", 4).cells] == ran
+    ran = [c.source.strip() for c in nbformat.read(d/"out.ipynb", 4).cells if c.cell_type != "raw"]
+    assert [c.source.strip() for c in nbformat.read(folder/"report.ipynb", 4).cells] == ran
 
 
 def test_same_run_same_numbers_and_the_control_is_reused(run, tmp_path):
