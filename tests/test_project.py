@@ -87,7 +87,8 @@ def test_report_in_a_browser(tmp_path):
     matplotlib.use("agg")
     import matplotlib.pyplot as plt, numpy as np
     from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-    from finetune_kit.report import plot_states, report_html
+    from finetune_kit.figures import plot_states
+    from finetune_kit.report import report_html
     import base64, io
     fig, buffer = plot_states({s: dict(nll=1., intervals=dict(nll=[.8, 1.2])) for s in ("base", "cut", "healed", "control")}), io.BytesIO()
     fig.savefig(buffer)
