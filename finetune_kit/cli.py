@@ -61,11 +61,16 @@ def plan(
     model:Annotated[str, typer.Argument(help="Folder or hub id")],
     drop:Annotated[Optional[str], typer.Option("--drop", help="Layers to take out: 7, -1, 7,9, 20-24")]=None,
     prune_after:Annotated[Optional[int], typer.Option("--prune-after", help="How many layers to keep from the bottom")]=None,
+    to:Annotated[Optional[str], typer.Option("--to", metavar="TOOL", help="Write it as a recipe for another tool: mergekit or llamacpp")]=None,
 ):
     "Show what stays of a model: `finetune-kit plan data/tiny-base --drop 7,9`. Layers count from 0, -1 is the last, ranges include both ends."
     from finetune_kit.model import model_config
     from finetune_kit.runs import RunConfig, plan_of
-    print(json.dumps(dict((p := plan_of(RunConfig(drop_layer=drop, prune_after=prune_after), model_config(model))).__dict__, dropped=p.dropped)))
+    from finetune_kit.surgery import llamacpp_recipe, mergekit_recipe
+    recipes = dict(mergekit=mergekit_recipe, llamacpp=llamacpp_recipe)
+    if to and to not in recipes: raise InvalidConfigError(f"unknown tool {choices(to, recipes)}")
+    p = plan_of(RunConfig(drop_layer=drop, prune_after=prune_after), model_config(model))
+    print(recipes[to](model, p) if to else json.dumps(dict(p.__dict__, dropped=p.dropped)), end="" if to else "\n")
 
 def _pair_values(args):
     "`-p NAME VALUE` as `-p NAME=VALUE`, which is what option parsers can read more than once."
