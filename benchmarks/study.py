@@ -1,39 +1,69 @@
 """The shared walk against the naive loop, side by side: python benchmarks/study.py > benchmarks/study.md
 
-A random Llama whose work is in its layers (small vocabulary), medians of alternating runs. `should` is the ratio of counted layer calls."""
-import platform, statistics, time
+A random Llama whose work is in its layers (small vocabulary), medians of alternating runs, in CPU seconds of one thread, so that other work on the machine counts little.
+`counted` is what the walk's layer calls and heads should take, by timed single calls."""
+import platform, statistics, tempfile, time
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from finetune_kit.importance import drop_one, greedy, layer_calls, truncations
-from finetune_kit.surgery import drop, prune_after
+import finetune_kit.walk as walk
+from finetune_kit.importance import blocks, drop_one, greedy, truncations
+from finetune_kit.metrics import scores
+from finetune_kit.surgery import apply_plan, drop, prune_after
 
-DEPTH, RUNS, ROWS, LENGTH, K = 12, 5, 8, 64, 5
+DEPTH, RUNS, ROWS, LENGTH, K = 12, 3, 4, 64, 5
+torch.set_num_threads(1)
 
 
 def seconds(f):
-    start = time.perf_counter()
+    start = time.process_time()
     f()
-    return time.perf_counter() - start
+    return time.process_time() - start
+
+
+def alternate(*fs, runs=RUNS):
+    "Median seconds of each, in alternating runs."
+    for f in fs: f()
+    return [statistics.median(t) for t in zip(*([seconds(f) for f in fs] for _ in range(runs)))]
+
+
+def counted(model, batch, plans):
+    "Seconds that the counted calls and heads should take."
+    b = walk._Batch(model, batch[0])
+    with torch.no_grad(): call, head = alternate(lambda: b.through(DEPTH//2, [b.start]), lambda: walk._row_nll(model, b.start, b, 2**28), runs=15)
+    return walk.layer_calls(plans, DEPTH)["shared"]*call + (len(plans)+1)*head
 
 
 def main():
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=512, hidden_size=256, intermediate_size=704, num_hidden_layers=DEPTH, num_attention_heads=8, num_key_value_heads=8)).eval()
+    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=512, hidden_size=384, intermediate_size=1056, num_hidden_layers=DEPTH, num_attention_heads=6, num_key_value_heads=6)).eval()
     ids = torch.randint(3, 512, (ROWS, LENGTH))
     batch = [dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)]
     ones, firsts = [drop(DEPTH, i) for i in range(DEPTH)], [prune_after(DEPTH, n) for n in range(1, DEPTH+1)]
-    studies = {"drop-one": (lambda naive: drop_one(model, batch, naive=naive), layer_calls(ones)), "truncations": (lambda naive: truncations(model, batch, naive=naive), layer_calls(firsts)),
-               f"greedy, k = {K}": (lambda naive: greedy(model, batch, K, naive=naive), None)}
-    print(f"# The study engine against the naive loop\n\nRandom Llama, {DEPTH} layers, hidden size 256, {model.num_parameters()/1e6:.0f}M parameters, fp32; one batch of {ROWS} x {LENGTH} tokens; median of {RUNS} alternating runs in one "
-          f"process; {torch.get_num_threads()} thread(s), {platform.machine()}, torch {torch.__version__}. Written by `benchmarks/study.py`.\n\n| study | naive, s | shared, s | faster by | layer calls, naive / shared |\n|:--|--:|--:|--:|--:|")
-    for name, (study, calls) in studies.items():
-        study(False); study(True)
-        times = [(seconds(lambda: study(True)), seconds(lambda: study(False))) for _ in range(RUNS)]
-        naive, shared = (statistics.median(t) for t in zip(*times))
-        should = f"{calls['naive']} / {calls['shared']} = {calls['naive']/calls['shared']:.2f}" if calls else ""
-        print(f"| {name} | {naive:.2f} | {shared:.2f} | **{naive/shared:.2f}x** | {should} |", flush=True)
+    pieces = [drop(DEPTH, list(range(i, i+n))) for n in (2, 4) for i in range(DEPTH-n+1)]
+    print(f"# The study engine against the naive loop\n\nRandom Llama, {DEPTH} layers, hidden size 384, {model.num_parameters()/1e6:.0f}M parameters, fp32; one batch of {ROWS} x {LENGTH} tokens; medians of {RUNS} alternating runs in one process, "
+          f"CPU seconds of one thread; {platform.machine()}, torch {torch.__version__}. Written by `benchmarks/study.py`.\n\n| study | naive, s | shared, s | faster by | layer calls, naive / shared | counted calls and heads, s | over that |\n|:--|--:|--:|--:|--:|--:|--:|", flush=True)
+    for name, study, plans in (("drop-one", lambda naive: drop_one(model, batch, naive=naive), ones), ("truncations", lambda naive: truncations(model, batch, naive=naive), firsts),
+                               ("blocks of 2 and 4", lambda naive: blocks(model, batch, [2, 4], naive=naive), pieces), (f"greedy, k = {K}", lambda naive: greedy(model, batch, K, naive=naive), None)):
+        naive, shared = alternate(lambda: study(True), lambda: study(False))
+        calls = walk.layer_calls(plans, DEPTH) if plans else None
+        should = counted(model, batch, plans) if plans else None
+        print(f"| {name} | {naive:.2f} | {shared:.2f} | **{naive/shared:.2f}x** | " + (f"{calls['naive']} / {calls['shared']} = {calls['naive']/calls['shared']:.2f} | {should:.2f} | {100*(shared/should-1):+.0f}% |" if plans else " |  |  |"), flush=True)
+    with tempfile.TemporaryDirectory() as d:
+        model.save_pretrained(d)
+        def reload():
+            for i in range(-1, DEPTH): scores(apply_plan(AutoModelForCausalLM.from_pretrained(d).eval(), drop(DEPTH, None if i < 0 else i)), batch)
+        naive, shared = alternate(reload, lambda: drop_one(model, batch), runs=3)
+        print(f"| drop-one, model loaded anew for each layer | {naive:.2f} | {shared:.2f} | **{naive/shared:.2f}x** |  |  |  |", flush=True)
+    print("\nHow many tokens should go through a layer at once (`walk.STACK`), drop-one:\n\n| tokens at once | seconds |\n|--:|--:|")
+    def stacked(n):
+        def f():
+            walk.STACK["cpu"] = n
+            drop_one(model, batch)
+        return f
+    sizes = [ROWS*LENGTH*n for n in (1, 2, 4, 12)]
+    for n, t in zip(sizes, alternate(*map(stacked, sizes))): print(f"| {n} | {t:.2f} |")
 
 
 main()

@@ -114,8 +114,8 @@ def load_model(
 def _load_plain(name, device, args):
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(name, device_map={"": device}, **args)
-    for m in model.modules():   # bitsandbytes 0.50 repacks weights for AVX-512 in inference, and fails where rows are no multiple of its block
-        if type(m).__name__ == "Linear4bit" and m.in_features % 64: m.support_avx512bf16_for_cpu = False
+    for m in model.modules():   # bitsandbytes 0.50 repacks weights for AVX-512 at the first inference, in a form that has no gradient, and fails where rows are no multiple of its block
+        if type(m).__name__ == "Linear4bit": m.support_avx512bf16_for_cpu = False
     return model
 
 def _load_unsloth(fast, name, quant, args, max_length):

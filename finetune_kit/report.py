@@ -161,11 +161,12 @@ class Progress:
 
     def __call__(self,
         done:int, # Steps done
+        total:int|None=None, # Of so many, where that was not known before
         note:str="", # What to say beside the bar
         value:float|None=None, # A number for the sparkline
     ):
         "Say how far it is."
-        self.note = note
+        self.note, self.total = note, total or self.total
         if value is not None: self.values.append(value)
         if time.perf_counter() - self.last < self.every: return
         self.last = time.perf_counter()

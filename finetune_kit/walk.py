@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'STACK', 'cut_edits', 'layer_calls', 'stream_model', 'check_batches', 'cut_scores', 'study_model', 'forecast']
 
-# %% ../nbs/07_walk.ipynb #3c013381
+# %% ../nbs/07_walk.ipynb #4955d99e
 import contextlib, itertools, json, math, time
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from .metrics import scores
 from .model import model_config, n_layers, pick_dtype
 from .surgery import LayerPlan, _causal_lm, decoder_layers, drop, layers_path, prune_after, skipping
 
-# %% ../nbs/07_walk.ipynb #f4d036a2
+# %% ../nbs/07_walk.ipynb #3999328b
 PARTS = ("layer", "attention", "mlp")
 
 def cut_edits(
@@ -59,7 +59,7 @@ def layer_calls(
     work = [todo for _, _, todo in _tree(cuts, depth)]
     return dict(naive=sum(depth - sum(p == "layer" for _, p in cut) for cut in dict.fromkeys(cuts)), shared=sum(part != "layer" for todo in work for _, part in todo), branches=max(map(len, work)))
 
-# %% ../nbs/07_walk.ipynb #679fb9a7
+# %% ../nbs/07_walk.ipynb #172b7e6f
 class _Disk:
     "The decoder layers of a streamed model: read when called, let go afterwards; `held` ones stay for the time of a walk's step."
     def __init__(self, layers, files, dtype, device):
@@ -114,7 +114,7 @@ def _standing_aside(model, layers, aside):
 
 def stream_model(
     name:str|Path, # A folder with a configuration and safetensors
-    dtype:str|None=None, # "float32", "bfloat16" or "float16" to compute in; None: as `load_model` picks it
+    dtype=None, # torch dtype to compute in; by default as `load_model` picks it
     device:str|None=None, # "cuda", "mps", "cpu"; None: the best one there is
 ): # A causal language model in eval mode that is used like any other, slowly
     "A model whose decoder layers stay on disk and are read one at a time. `ModelLoadError` where there are no safetensors or a weight is missing, `UnsupportedModelError` as from `decoder_layers`."
@@ -129,7 +129,7 @@ def stream_model(
         from safetensors import safe_open
         with safe_open(single, "pt") as f: where = dict.fromkeys(f.keys(), single)
     else: raise ModelLoadError(f"{folder} holds no model.safetensors: layers are streamed from a folder with safetensors; a hub model's folder is what huggingface_hub.snapshot_download returns")
-    dtype = getattr(torch, dtype) if dtype else pick_dtype(device)
+    dtype = dtype or pick_dtype(device)
     with init_empty_weights(include_buffers=False): model = AutoModelForCausalLM.from_config(cfg, dtype=dtype)
     prefix, own, files = layers_path(cfg)+".", dict(model.named_parameters()), {}
     for key, file in where.items():
@@ -146,7 +146,7 @@ def stream_model(
     for name, b in model.named_buffers(): set_module_tensor_to_device(model, name, device, value=b)
     return model.eval()
 
-# %% ../nbs/07_walk.ipynb #17ba2b8e
+# %% ../nbs/07_walk.ipynb #e961d5d2
 def _hidden(out): return out[0] if isinstance(out, tuple) else out
 
 def _repeat(value, rows, n):
@@ -199,7 +199,7 @@ class _Batch:
         with _without(self.layers[layer], part): out = _hidden(self.layers[layer](torch.cat(states) if n > 1 else states[0], *_repeat(args, self.rows, n), **_repeat(kwargs, self.rows, n)))
         return out.split(self.rows)
 
-# %% ../nbs/07_walk.ipynb #6b61af8e
+# %% ../nbs/07_walk.ipynb #90c1db5c
 def _final_norm(model):
     base = _causal_lm(model).base_model
     return next(getattr(base, n) for n in ("norm", "ln_f", "final_layer_norm") if hasattr(base, n))
@@ -218,7 +218,7 @@ def _row_nll(model, h, batch, budget):
     if losses: nll[batch.hit] = torch.cat(losses)
     return nll.sum(1).cpu().numpy()
 
-# %% ../nbs/07_walk.ipynb #bb0c83a0
+# %% ../nbs/07_walk.ipynb #64a06a34
 STACK = dict(cpu=1024, mps=4096, cuda=16384)   # tokens that go through a layer at once; more is no faster there (benchmarks/study.md)
 
 def _walk(model, group, cuts, budget, known=None, tick=lambda: None):
@@ -251,7 +251,7 @@ def _step(b, layer, states, todo, known, budget):
             after |= dict(zip(new, b.through(layer, [states[g] for g in old], part)))
     return after
 
-# %% ../nbs/07_walk.ipynb #3a4903e8
+# %% ../nbs/07_walk.ipynb #9e0fa34a
 def _scored(batch_list):
     "How many tokens of each row are scored, (rows,)."
     tokens = np.concatenate([(b["labels"][:, 1:] != -100).sum(1).cpu().numpy() for b in batch_list]) if batch_list else np.zeros(0)
@@ -398,7 +398,7 @@ class _Kept:
         found.setdefault(id(batch), {}).update(nll)
         if self.folder: write_atomic(self._file(batch, share), json.dumps([nll[cut].tolist() for cut in share]))
 
-# %% ../nbs/07_walk.ipynb #84b52b6e
+# %% ../nbs/07_walk.ipynb #2bb6d0e2
 def forecast(
     model, batches:list[dict], plans:list, # As for `cut_scores`
     mem_gib:float=1., stream:bool=False, # As for `cut_scores`
