@@ -1,7 +1,7 @@
 """The shared walk against the naive loop, side by side: python benchmarks/study.py > benchmarks/study.md
 
 A random Llama whose work is in its layers (small vocabulary), medians of alternating runs, in CPU seconds of one thread, so that other work on the machine counts little.
-`counted` is what the walk's layer calls and heads should take, by timed single calls."""
+`counted`: the walk's layer calls and heads, made alone in a loop."""
 import platform, statistics, tempfile, time
 
 import torch
@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import finetune_kit.walk as walk
 from finetune_kit.importance import blocks, drop_one, greedy, truncations
 from finetune_kit.metrics import scores
+from finetune_kit.model import quiet
 from finetune_kit.surgery import apply_plan, drop, prune_after
 
 DEPTH, RUNS, ROWS, LENGTH, K = 12, 3, 4, 64, 5
@@ -23,16 +24,19 @@ def seconds(f):
 
 
 def alternate(*fs, runs=RUNS):
-    "Median seconds of each, in alternating runs."
+    "Median seconds of each, in alternating runs after a first one that does not count."
     for f in fs: f()
     return [statistics.median(t) for t in zip(*([seconds(f) for f in fs] for _ in range(runs)))]
 
 
 def counted(model, batch, plans):
-    "Seconds that the counted calls and heads should take."
-    b = walk._Batch(model, batch[0])
-    with torch.no_grad(): call, head = alternate(lambda: b.through(DEPTH//2, [b.start]), lambda: walk._row_nll(model, b.start, b, 2**28), runs=15)
-    return walk.layer_calls(plans, DEPTH)["shared"]*call + (len(plans)+1)*head
+    "The counted calls and heads, alone."
+    b, calls = walk._Batch(model, batch[0]), walk.layer_calls(plans, DEPTH)["shared"]
+    def f():
+        with torch.no_grad():
+            for n in range(calls): b.through(n % DEPTH, [b.start])
+            for _ in range(len(plans)+1): walk._row_nll(model, b.start, b, 2**28)
+    return f
 
 
 def main():
@@ -46,14 +50,15 @@ def main():
           f"CPU seconds of one thread; {platform.machine()}, torch {torch.__version__}. Written by `benchmarks/study.py`.\n\n| study | naive, s | shared, s | faster by | layer calls, naive / shared | counted calls and heads, s | over that |\n|:--|--:|--:|--:|--:|--:|--:|", flush=True)
     for name, study, plans in (("drop-one", lambda naive: drop_one(model, batch, naive=naive), ones), ("truncations", lambda naive: truncations(model, batch, naive=naive), firsts),
                                ("blocks of 2 and 4", lambda naive: blocks(model, batch, [2, 4], naive=naive), pieces), (f"greedy, k = {K}", lambda naive: greedy(model, batch, K, naive=naive), None)):
-        naive, shared = alternate(lambda: study(True), lambda: study(False))
+        naive, shared, *should = alternate(lambda: study(True), lambda: study(False), *([counted(model, batch, plans)] if plans else []))
         calls = walk.layer_calls(plans, DEPTH) if plans else None
-        should = counted(model, batch, plans) if plans else None
-        print(f"| {name} | {naive:.2f} | {shared:.2f} | **{naive/shared:.2f}x** | " + (f"{calls['naive']} / {calls['shared']} = {calls['naive']/calls['shared']:.2f} | {should:.2f} | {100*(shared/should-1):+.0f}% |" if plans else " |  |  |"), flush=True)
+        print(f"| {name} | {naive:.2f} | {shared:.2f} | **{naive/shared:.2f}x** | " + (f"{calls['naive']} / {calls['shared']} = {calls['naive']/calls['shared']:.2f} | {should[0]:.2f} | {100*(shared/should[0]-1):+.0f}% |" if plans else " |  |  |"), flush=True)
     with tempfile.TemporaryDirectory() as d:
-        model.save_pretrained(d)
+        with quiet(): model.save_pretrained(d)
         def reload():
-            for i in range(-1, DEPTH): scores(apply_plan(AutoModelForCausalLM.from_pretrained(d).eval(), drop(DEPTH, None if i < 0 else i)), batch)
+            for i in range(-1, DEPTH):
+                with quiet(): one = AutoModelForCausalLM.from_pretrained(d).eval()
+                scores(apply_plan(one, drop(DEPTH, None if i < 0 else i)), batch)
         naive, shared = alternate(reload, lambda: drop_one(model, batch), runs=3)
         print(f"| drop-one, model loaded anew for each layer | {naive:.2f} | {shared:.2f} | **{naive/shared:.2f}x** |  |  |  |", flush=True)
     print("\nHow many tokens should go through a layer at once (`walk.STACK`), drop-one:\n\n| tokens at once | seconds |\n|--:|--:|")

@@ -70,16 +70,21 @@ def plot_domains(
     ax.tick_params(axis="y", rotation=0)
     return fig
 
-# %% ../nbs/10_figures.ipynb #a4162d22
+# %% ../nbs/10_figures.ipynb #f21b0480
 SERIES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]   # Okabe and Ito's palette
 MARKS = "os^Dvp"
 
 def _symlog(ax, axis, values):
-    "A symlog axis where the values span more than two orders."
-    values = np.abs(np.asarray(values, float)[np.isfinite(values)])
-    small = values[values > 0]
-    if len(small) and values.max()/max(np.median(small), 1e-9) > 20:
-        getattr(ax, f"set_{axis}scale")("symlog", linthresh=float(np.median(small)))
+    "A symlog axis, with a tick at each power of ten, where the values span more than two orders."
+    values = np.asarray(values, float)
+    values = values[np.isfinite(values) & (values != 0)]
+    if not len(values) or np.abs(values).max() < 20*np.median(np.abs(values)): return
+    small, large = np.floor(np.log10(np.median(np.abs(values)))), np.ceil(np.log10(np.abs(values).max()))
+    powers = 10.**np.arange(small, large+1)
+    getattr(ax, f"set_{axis}scale")("symlog", linthresh=powers[0], linscale=.7)
+    ticks = [*(-powers[powers/2 < -values.min()][::-1] if values.min() < 0 else []), 0, *powers[powers/2 < values.max()]]
+    getattr(ax, f"set_{axis}ticks")(ticks, [f"{t:g}" for t in ticks])
+    getattr(ax, f"set_{axis}lim")(min(2*values.min(), -powers[0]/2), 2*values.max())
 
 def plot_importance(
     tables:dict[str,pd.DataFrame], # Name → as from `drop_one`
@@ -93,7 +98,7 @@ def plot_importance(
         x = t.layer + (n - (len(tables)-1)/2)*.6/len(tables)
         ax.errorbar(x, t.delta, yerr=[t.delta-t.lo, t.hi-t.delta], fmt=MARKS[n % 6], color=SERIES[n % 6], ms=5.5, lw=1.6, capsize=2.5, label=f"{name} (whole model: {t.attrs['baseline']:.3f})")
     ax.axhline(0, color="#57606a", lw=.8)
-    _symlog(ax, "y", np.concatenate([t.delta for t in tables.values()]))
+    _symlog(ax, "y", np.concatenate([v for t in tables.values() for v in (t.delta, t.lo, t.hi)]))
     ax.set(xlabel="layer taken out", ylabel="added NLL (nats per token)", title=title, xticks=range(0, depth, max(1, depth//16)))
     ax.legend(loc="best", fontsize=9)
     return fig
@@ -122,6 +127,7 @@ def plot_blocks(
     for row, n in enumerate(grid.index):
         best = int(grid.loc[n].argmin())
         ax.add_patch(plt.Rectangle((best, row), 1, 1, fill=False, ec="#D55E00", lw=2))
+    ax.grid(False)
     ax.set(xlabel="first layer of the block", ylabel="layers in the block", title="Blocks of layers; the cheapest of each size framed")
     ax.tick_params(axis="y", rotation=0)
     return fig
@@ -164,6 +170,7 @@ def plot_agreement(
     for a, b, v in table[["a", "b", value]].itertuples(index=False): grid.loc[a, b] = grid.loc[b, a] = v
     fig, ax = plt.subplots(figsize=(.78*len(names)+2.6, .52*len(names)+1.9))
     sns.heatmap(grid.iloc[1:, :-1], mask=np.triu(np.ones((len(names)-1,)*2, bool), 1), annot=True, fmt=".2f", annot_kws=dict(size=9), cmap="PuOr_r", vmin=-1, vmax=1, linewidths=.6, ax=ax, cbar_kws=dict(label=value.capitalize()))
+    ax.grid(False)
     ax.set(title=f"Do the rankings of layers agree? ({int(table.n.min())} layers)")
     ax.tick_params(axis="x", rotation=35)
     for label in ax.get_xticklabels(): label.set_ha("right")

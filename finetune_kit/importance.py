@@ -141,7 +141,7 @@ class _KeptSteps:
         self.steps[str(gone)] = [nll.tolist(), base.tolist()]
         write_atomic(self.file, json.dumps(self.steps))
 
-# %% ../nbs/08_importance.ipynb #0c85fa1e
+# %% ../nbs/08_importance.ipynb #76048693
 def _positions(batch, which):
     "Which states count, (batch, seq) bool."
     import torch
@@ -267,7 +267,7 @@ def angular_distances(
     angle = np.array(table.attrs["angular"])
     return pd.DataFrame([dict(start=i, n=n, distance=angle[i, i+n]) for n in range(1, len(angle)) for i in range(len(angle)-n)])
 
-# %% ../nbs/08_importance.ipynb #30319642
+# %% ../nbs/08_importance.ipynb #f6872b1b
 def _naive_pass(model, batch, taylor):
     "As `_pass`, one thing at a time."
     import torch
@@ -296,7 +296,7 @@ def _naive_pass(model, batch, taylor):
         slopes[i, part] = gate.grad.flatten().numpy()
     return b, states, slopes
 
-# %% ../nbs/08_importance.ipynb #a5a5f60a
+# %% ../nbs/08_importance.ipynb #66432c61
 def agreement(
     scores:dict|pd.DataFrame, # Name → a value for each layer (or block), in one order; where a value is missing, that layer is left out of the pair
 )->pd.DataFrame: # A row a pair: `a`, `b`, `spearman` and `kendall` (tau-b) in -1..1, with two-sided `spearman_p`, `kendall_p`, and `n` layers

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'STACK', 'cut_edits', 'layer_calls', 'stream_model', 'check_batches', 'cut_scores', 'study_model', 'forecast']
 
-# %% ../nbs/07_walk.ipynb #4955d99e
+# %% ../nbs/07_walk.ipynb #3c013381
 import contextlib, itertools, json, math, time
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from .metrics import scores
 from .model import model_config, n_layers, pick_dtype
 from .surgery import LayerPlan, _causal_lm, decoder_layers, drop, layers_path, prune_after, skipping
 
-# %% ../nbs/07_walk.ipynb #3999328b
+# %% ../nbs/07_walk.ipynb #f4d036a2
 PARTS = ("layer", "attention", "mlp")
 
 def cut_edits(
@@ -59,7 +59,7 @@ def layer_calls(
     work = [todo for _, _, todo in _tree(cuts, depth)]
     return dict(naive=sum(depth - sum(p == "layer" for _, p in cut) for cut in dict.fromkeys(cuts)), shared=sum(part != "layer" for todo in work for _, part in todo), branches=max(map(len, work)))
 
-# %% ../nbs/07_walk.ipynb #172b7e6f
+# %% ../nbs/07_walk.ipynb #4d08ebb9
 class _Disk:
     "The decoder layers of a streamed model: read when called, let go afterwards; `held` ones stay for the time of a walk's step."
     def __init__(self, layers, files, dtype, device):
@@ -146,7 +146,7 @@ def stream_model(
     for name, b in model.named_buffers(): set_module_tensor_to_device(model, name, device, value=b)
     return model.eval()
 
-# %% ../nbs/07_walk.ipynb #e961d5d2
+# %% ../nbs/07_walk.ipynb #17ba2b8e
 def _hidden(out): return out[0] if isinstance(out, tuple) else out
 
 def _repeat(value, rows, n):
@@ -199,7 +199,7 @@ class _Batch:
         with _without(self.layers[layer], part): out = _hidden(self.layers[layer](torch.cat(states) if n > 1 else states[0], *_repeat(args, self.rows, n), **_repeat(kwargs, self.rows, n)))
         return out.split(self.rows)
 
-# %% ../nbs/07_walk.ipynb #90c1db5c
+# %% ../nbs/07_walk.ipynb #6b61af8e
 def _final_norm(model):
     base = _causal_lm(model).base_model
     return next(getattr(base, n) for n in ("norm", "ln_f", "final_layer_norm") if hasattr(base, n))
@@ -218,7 +218,7 @@ def _row_nll(model, h, batch, budget):
     if losses: nll[batch.hit] = torch.cat(losses)
     return nll.sum(1).cpu().numpy()
 
-# %% ../nbs/07_walk.ipynb #64a06a34
+# %% ../nbs/07_walk.ipynb #bb0c83a0
 STACK = dict(cpu=1024, mps=4096, cuda=16384)   # tokens that go through a layer at once; more is no faster there (benchmarks/study.md)
 
 def _walk(model, group, cuts, budget, known=None, tick=lambda: None):
@@ -251,7 +251,7 @@ def _step(b, layer, states, todo, known, budget):
             after |= dict(zip(new, b.through(layer, [states[g] for g in old], part)))
     return after
 
-# %% ../nbs/07_walk.ipynb #9e0fa34a
+# %% ../nbs/07_walk.ipynb #3a4903e8
 def _scored(batch_list):
     "How many tokens of each row are scored, (rows,)."
     tokens = np.concatenate([(b["labels"][:, 1:] != -100).sum(1).cpu().numpy() for b in batch_list]) if batch_list else np.zeros(0)
@@ -398,7 +398,12 @@ class _Kept:
         found.setdefault(id(batch), {}).update(nll)
         if self.folder: write_atomic(self._file(batch, share), json.dumps([nll[cut].tolist() for cut in share]))
 
-# %% ../nbs/07_walk.ipynb #2bb6d0e2
+# %% ../nbs/07_walk.ipynb #158c253c
+def _timed(f):
+    start = time.perf_counter()
+    f()
+    return time.perf_counter()-start
+
 def forecast(
     model, batches:list[dict], plans:list, # As for `cut_scores`
     mem_gib:float=1., stream:bool=False, # As for `cut_scores`
@@ -414,15 +419,9 @@ def forecast(
         with _weights(model, mid):
             read = time.perf_counter()-start
             b = _Batch(model, first)
-            b.through(mid, [b.start])
-            start = time.perf_counter()
-            b.through(mid, [b.start])
-            call = (time.perf_counter()-start)/b.tokens
+            call = min(_timed(lambda: b.through(mid, [b.start])) for _ in range(4))/b.tokens
             size = sum(p.numel()*p.element_size() for p in decoder_layers(model)[mid].parameters())/2**30
-        _row_nll(model, b.start, b, 2**26)
-        start = time.perf_counter()
-        _row_nll(model, b.start, b, 2**26)
-        head = (time.perf_counter()-start)/max(1, len(b.targets))
+        head = min(_timed(lambda: _row_nll(model, b.start, b, 2**26)) for _ in range(4))/max(1, len(b.targets))
     tokens, scored = sum(o["input_ids"].numel() for o in batches), float(_scored(batches).sum())
     counts = [(g, share, layer_calls([dict(c) for c in share], depth)) for g, shares in layout for share in shares]
     naive = layer_calls([dict(c) for c in cuts], depth)["naive"]

@@ -23,7 +23,7 @@ def real():
 def papermill(out, runs, *parameters, notebook="nbs/train.ipynb"):
     "What a user types; the run's folder goes under `runs`."
     command = [sys.executable, "-m", "papermill", str(ROOT/notebook), str(out), "--no-progress-bar", *map(str, parameters)]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | dict(FINETUNE_KIT_RUNS=str(runs)), capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, cwd=ROOT, env=os.environ | dict(FINETUNE_KIT_RUNS=str(runs)), capture_output=True, text=True, timeout=2400)
 
 
 def p(**parameters): return [o for k, v in parameters.items() for o in ("-p", k, str(v))]

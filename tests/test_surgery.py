@@ -39,10 +39,11 @@ def unsloth_process(code, folder):
     return done.stdout
 
 
-def test_loaded_by_unsloth(tmp_path):
+@pytest.mark.parametrize("quant", [None, pytest.param("4bit", marks=pytest.mark.slow)])
+def test_loaded_by_unsloth(tmp_path, quant):
     "Skipped and cut as hooks say, to the bit; restored exactly; the adapter comes back, and the merged model too."
-    unsloth_process('''
-for quant in (None, "4bit"):
+    unsloth_process(f"quants = [{quant!r}]" + '''
+for quant in quants:
     with quiet(): model, tok = load_model("data/tiny-base", quant=quant, backend="unsloth")
     assert model.kit_backend == "unsloth"
     plan = drop(model, "0,7")
