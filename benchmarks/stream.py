@@ -4,7 +4,7 @@ Writes a random Llama of more than 4 GiB (bf16, one shard a layer) to FOLDER, on
 import json, platform, resource, subprocess, sys, tempfile, time
 from pathlib import Path
 
-DEPTH, HIDDEN, INNER, VOCAB, ROWS, LENGTH = 42, 2048, 5632, 8192, 4, 16
+DEPTH, HIDDEN, INNER, VOCAB, ROWS, LENGTH = 42, 2048, 5632, 8192, 4, 4
 
 
 def config():

@@ -1,14 +1,15 @@
 """The shared walk against the naive loop, side by side: python benchmarks/study.py > benchmarks/study.md
 
-A random Llama whose work is in its layers (small vocabulary), medians of alternating runs, in CPU seconds of one thread, so that other work on the machine counts little.
-`counted`: the walk's layer calls and heads, made alone in a loop."""
-import platform, statistics, tempfile, time
+A random Llama whose work is in its layers (small vocabulary). Machines stall: of each stretch between two entries or exits of a decoder layer, the fastest of alternating runs counts, and a study's time is the
+sum of its stretches. `counted`: the walk's layer calls and heads, made alone in a loop."""
+import platform, tempfile, time
 
-import torch
+import numpy as np, torch
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import finetune_kit.walk as walk
-from finetune_kit.importance import blocks, drop_one, greedy, truncations
+from finetune_kit.importance import drop_one, greedy, truncations
 from finetune_kit.metrics import scores
 from finetune_kit.model import quiet
 from finetune_kit.surgery import apply_plan, drop, prune_after
@@ -17,16 +18,22 @@ DEPTH, RUNS, ROWS, LENGTH, K = 12, 3, 4, 64, 5
 torch.set_num_threads(1)
 
 
-def seconds(f):
-    start = time.process_time()
+def stretches(f):
+    "Seconds between the entries and exits of decoder layers while `f` runs."
+    marks = [time.perf_counter()]
+    def mark(module, *args):
+        if isinstance(module, LlamaDecoderLayer): marks.append(time.perf_counter())
+    hooks = [torch.nn.modules.module.register_module_forward_pre_hook(mark), torch.nn.modules.module.register_module_forward_hook(mark)]
     f()
-    return time.process_time() - start
+    for h in hooks: h.remove()
+    return np.diff([*marks, time.perf_counter()])
 
 
 def alternate(*fs, runs=RUNS):
-    "Median seconds of each, in alternating runs after a first one that does not count."
+    "Seconds of each: the fastest of alternating runs, stretch by stretch, after a first run that does not count."
     for f in fs: f()
-    return [statistics.median(t) for t in zip(*([seconds(f) for f in fs] for _ in range(runs)))]
+    taken = [[stretches(f) for f in fs] for _ in range(runs)]
+    return [np.min(of_one, 0).sum() for of_one in zip(*taken)]
 
 
 def counted(model, batch, plans):
@@ -45,11 +52,10 @@ def main():
     ids = torch.randint(3, 512, (ROWS, LENGTH))
     batch = [dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)]
     ones, firsts = [drop(DEPTH, i) for i in range(DEPTH)], [prune_after(DEPTH, n) for n in range(1, DEPTH+1)]
-    pieces = [drop(DEPTH, list(range(i, i+n))) for n in (2, 4) for i in range(DEPTH-n+1)]
-    print(f"# The study engine against the naive loop\n\nRandom Llama, {DEPTH} layers, hidden size 384, {model.num_parameters()/1e6:.0f}M parameters, fp32; one batch of {ROWS} x {LENGTH} tokens; medians of {RUNS} alternating runs in one process, "
-          f"CPU seconds of one thread; {platform.machine()}, torch {torch.__version__}. Written by `benchmarks/study.py`.\n\n| study | naive, s | shared, s | faster by | layer calls, naive / shared | counted calls and heads, s | over that |\n|:--|--:|--:|--:|--:|--:|--:|", flush=True)
+    print(f"# The study engine against the naive loop\n\nRandom Llama, {DEPTH} layers, hidden size 384, {model.num_parameters()/1e6:.0f}M parameters, fp32; one batch of {ROWS} x {LENGTH} tokens; fastest of {RUNS} alternating runs in one process, stretch by stretch; "
+          f"one thread; {platform.machine()}, torch {torch.__version__}. Written by `benchmarks/study.py`.\n\n| study | naive, s | shared, s | faster by | layer calls, naive / shared | counted calls and heads, s | over that |\n|:--|--:|--:|--:|--:|--:|--:|", flush=True)
     for name, study, plans in (("drop-one", lambda naive: drop_one(model, batch, naive=naive), ones), ("truncations", lambda naive: truncations(model, batch, naive=naive), firsts),
-                               ("blocks of 2 and 4", lambda naive: blocks(model, batch, [2, 4], naive=naive), pieces), (f"greedy, k = {K}", lambda naive: greedy(model, batch, K, naive=naive), None)):
+                               (f"greedy, k = {K}", lambda naive: greedy(model, batch, K, naive=naive), None)):
         naive, shared, *should = alternate(lambda: study(True), lambda: study(False), *([counted(model, batch, plans)] if plans else []))
         calls = walk.layer_calls(plans, DEPTH) if plans else None
         print(f"| {name} | {naive:.2f} | {shared:.2f} | **{naive/shared:.2f}x** | " + (f"{calls['naive']} / {calls['shared']} = {calls['naive']/calls['shared']:.2f} | {should[0]:.2f} | {100*(shared/should[0]-1):+.0f}% |" if plans else " |  |  |"), flush=True)
