@@ -16,6 +16,7 @@ from finetune_kit.surgery import apply_plan, drop, prune_after
 
 DEPTH, RUNS, ROWS, LENGTH, K = 12, 3, 4, 64, 5
 torch.set_num_threads(1)
+walk.STACK["cpu"] = ROWS*LENGTH   # one branch a call, so that a stretch is one call, here as there
 
 
 def stretches(f):
@@ -67,14 +68,6 @@ def main():
                 scores(apply_plan(one, drop(DEPTH, None if i < 0 else i)), batch)
         naive, shared = alternate(reload, lambda: drop_one(model, batch), runs=3)
         print(f"| drop-one, model loaded anew for each layer | {naive:.2f} | {shared:.2f} | **{naive/shared:.2f}x** |  |  |  |", flush=True)
-    print("\nHow many tokens should go through a layer at once (`walk.STACK`), drop-one:\n\n| tokens at once | seconds |\n|--:|--:|")
-    def stacked(n):
-        def f():
-            walk.STACK["cpu"] = n
-            drop_one(model, batch)
-        return f
-    sizes = [ROWS*LENGTH*n for n in (1, 2, 4, 12)]
-    for n, t in zip(sizes, alternate(*map(stacked, sizes))): print(f"| {n} | {t:.2f} |")
 
 
 main()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'STACK', 'cut_edits', 'layer_calls', 'stream_model', 'check_batches', 'cut_scores', 'study_model', 'forecast']
 
-# %% ../nbs/07_walk.ipynb #3c013381
+# %% ../nbs/07_walk.ipynb #4955d99e
 import contextlib, itertools, json, math, time
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from .metrics import scores
 from .model import model_config, n_layers, pick_dtype
 from .surgery import LayerPlan, _causal_lm, decoder_layers, drop, layers_path, prune_after, skipping
 
-# %% ../nbs/07_walk.ipynb #f4d036a2
+# %% ../nbs/07_walk.ipynb #3999328b
 PARTS = ("layer", "attention", "mlp")
 
 def cut_edits(
@@ -59,7 +59,7 @@ def layer_calls(
     work = [todo for _, _, todo in _tree(cuts, depth)]
     return dict(naive=sum(depth - sum(p == "layer" for _, p in cut) for cut in dict.fromkeys(cuts)), shared=sum(part != "layer" for todo in work for _, part in todo), branches=max(map(len, work)))
 
-# %% ../nbs/07_walk.ipynb #4d08ebb9
+# %% ../nbs/07_walk.ipynb #172b7e6f
 class _Disk:
     "The decoder layers of a streamed model: read when called, let go afterwards; `held` ones stay for the time of a walk's step."
     def __init__(self, layers, files, dtype, device):
@@ -146,7 +146,7 @@ def stream_model(
     for name, b in model.named_buffers(): set_module_tensor_to_device(model, name, device, value=b)
     return model.eval()
 
-# %% ../nbs/07_walk.ipynb #17ba2b8e
+# %% ../nbs/07_walk.ipynb #e961d5d2
 def _hidden(out): return out[0] if isinstance(out, tuple) else out
 
 def _repeat(value, rows, n):
@@ -199,7 +199,7 @@ class _Batch:
         with _without(self.layers[layer], part): out = _hidden(self.layers[layer](torch.cat(states) if n > 1 else states[0], *_repeat(args, self.rows, n), **_repeat(kwargs, self.rows, n)))
         return out.split(self.rows)
 
-# %% ../nbs/07_walk.ipynb #6b61af8e
+# %% ../nbs/07_walk.ipynb #90c1db5c
 def _final_norm(model):
     base = _causal_lm(model).base_model
     return next(getattr(base, n) for n in ("norm", "ln_f", "final_layer_norm") if hasattr(base, n))
@@ -218,8 +218,8 @@ def _row_nll(model, h, batch, budget):
     if losses: nll[batch.hit] = torch.cat(losses)
     return nll.sum(1).cpu().numpy()
 
-# %% ../nbs/07_walk.ipynb #bb0c83a0
-STACK = dict(cpu=1024, mps=4096, cuda=16384)   # tokens that go through a layer at once; more is no faster there (benchmarks/study.md)
+# %% ../nbs/07_walk.ipynb #9edaf9c2
+STACK = dict(cpu=1024, mps=4096, cuda=16384)   # tokens that go through a layer at once: enough to fill the device; on a CPU more would only take memory
 
 def _walk(model, group, cuts, budget, known=None, tick=lambda: None):
     "For each batch of `group`, each cut's `_row_nll`. `known`: for each batch {(skipped, layer): state after it} of an earlier walk, replaced by this walk's."
@@ -251,7 +251,7 @@ def _step(b, layer, states, todo, known, budget):
             after |= dict(zip(new, b.through(layer, [states[g] for g in old], part)))
     return after
 
-# %% ../nbs/07_walk.ipynb #3a4903e8
+# %% ../nbs/07_walk.ipynb #9e0fa34a
 def _scored(batch_list):
     "How many tokens of each row are scored, (rows,)."
     tokens = np.concatenate([(b["labels"][:, 1:] != -100).sum(1).cpu().numpy() for b in batch_list]) if batch_list else np.zeros(0)
@@ -398,7 +398,7 @@ class _Kept:
         found.setdefault(id(batch), {}).update(nll)
         if self.folder: write_atomic(self._file(batch, share), json.dumps([nll[cut].tolist() for cut in share]))
 
-# %% ../nbs/07_walk.ipynb #158c253c
+# %% ../nbs/07_walk.ipynb #e91053dd
 def _timed(f):
     start = time.perf_counter()
     f()
