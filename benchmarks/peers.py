@@ -3,7 +3,7 @@
     python benchmarks/peers.py --peers FOLDER_OF_CLONES > benchmarks/peers.md
 
 FOLDER_OF_CLONES holds git clones named short-transformers, SLEB, shortened-llm, ShortGPT and PruneMe; one that is absent is skipped. Their own code runs;
-what today's libraries or a machine without a GPU break is mended from outside, by the functions below that say so. Nothing is fetched."""
+what today's libraries or a machine without a GPU break is mended from outside, in `peer_code.py`, which says how. Nothing is fetched."""
 import argparse, copy, functools, json, platform, statistics, subprocess, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +99,7 @@ def angular_distance(model, batches, n):
 class Study:
     tool: str
     what: str
-    theirs: object # callable → what the tool gives
+    prepare: object # callable → the callable that is timed, which gives what the tool gives
     ours: object # callable of batches → the exact scores of the layers, or (order of removal, NLL of each step)
     read: object # what the tool gives → the same, in our unit
     same_unit: bool = True # False: another criterion, of which only the ranking can be compared
@@ -121,8 +121,8 @@ def studies(case, folder):
               ("short-transformers", short_transformers, "Block Influence (it computes all blocks)", influence, lambda blocks: blocks[0]),
               ("ShortGPT", shortgpt, "Block Influence", influence, lambda sums: sums/tokens),
               ("PruneMe", pruneme, f"angular distance, n = {n}, starts from 1", lambda b: angular_distance(case.model, b, n)[1:], np.array)]
-    return [Study(tool, what, run(folder/tool, case), *rest) for tool, run, what, *rest in offers if (folder/tool).is_dir()] + [
-        Study("a loop that reloads the model", "loss without each layer", lambda: reload_loop(case), from_disk, np.array)]
+    return [Study(tool, what, start(run, folder/tool, case), *rest) for tool, run, what, *rest in offers if (folder/tool).is_dir()] + [
+        Study("a loop that reloads the model", "loss without each layer", lambda: start(reload_loop, case), from_disk, np.array)]
 
 
 def seconds(f):
@@ -137,7 +137,7 @@ def ranking(scores, depth): # `scores` of the last layers, where they are fewer
 
 def row(study, case, runs):
     "One line of the table; runs alternate."
-    calls = [study.theirs, lambda: study.ours(case.batch), lambda: study.ours(case.single)]
+    calls = [study.prepare(), lambda: study.ours(case.batch), lambda: study.ours(case.single)]
     found, exact = study.read(calls[0]()), calls[1]()
     theirs, ours, single = (statistics.median(t) for t in zip(*[[seconds(f) for f in calls] for _ in range(runs)]))
     if isinstance(exact, tuple): (order, found), (right, exact), rho = found, exact, ""
@@ -157,7 +157,7 @@ def place(folder, file, code):
     return f"`{file}:{next(n for n, line in enumerate(lines, 1) if code in line)}`"
 
 
-# ---- where their numbers are wrong: each claim is measured; it is printed as a fault only if the difference is there
+# ---- where their numbers are wrong: (file, its code there, whether the measurement shows the fault, what was measured)
 
 def nll_of(model, ids):
     with torch.no_grad(): return model(input_ids=ids, labels=ids).loss.item()
@@ -207,14 +207,14 @@ def shortened_faults(folder, case):
     with torch.no_grad(), skipping(gemma, drop(4, 0)): right = gemma(ids).logits
     def gap():
         with quietly(), torch.no_grad(): return (run.prune(gemma, [0], device="cpu")(ids).logits - right).abs().max()
-    wrong, said = fault(gap)
-    yield "src/utils.py", '"num_hidden_layers", (config.num_hidden_layers - num_pruned_blocks)', wrong, f"`layer_types` is not cut along: a random Gemma 3 of 4 layers (window 4, 24 tokens) without layer 0: {said}"
+    wrong, what = fault(gap)
+    yield "src/utils.py", '"num_hidden_layers", (config.num_hidden_layers - num_pruned_blocks)', wrong, f"`layer_types` is not cut along: a random Gemma 3 of 4 layers (window 4, 24 tokens) without layer 0: {what}"
 
 
 def fault(gap):
     "Whether a difference of logits is there, or an error, and in words."
     try: apart = float(gap())
-    except Exception as e: return True, f"{type(e).__name__}: {str(e).splitlines()[0][:160]}"
+    except Exception as e: return True, said(e)
     return apart > 1e-4, f"logits up to {apart:.2g} off"
 
 
@@ -239,8 +239,8 @@ def short_transformers_faults(folder, case):
     for layer in cut.model.layers: layer.__dict__.pop("forward")   # its recorder, and our mending
     def gap():
         with torch.no_grad(): return (cut(case.ids[:1], use_cache=True).logits - cut(case.ids[:1], use_cache=False).logits).abs().max()
-    wrong, said = fault(gap)
-    yield "short_transformers/short_transformer.py", "count += 1", wrong, f"the layers left are numbered from 1; a forward pass with the KV cache: {said}"
+    wrong, what = fault(gap)
+    yield "short_transformers/short_transformer.py", "count += 1", wrong, f"the layers left are numbered from 1; a forward pass with the KV cache: {what}"
 
 
 def shortgpt_faults(folder, case):
@@ -254,8 +254,8 @@ def shortgpt_faults(folder, case):
     nan = int(run.module.block_influence(x, x, angular=True).isnan().sum())
     yield "short_gpt/metrics.py", "return (torch.arccos(sim)", nan > 0, f"no clamp before arccos: of 1000 vectors compared with themselves {nan} give NaN"
     run.short.n_prune_layers, run.short.importances = 1, list(range(case.depth))
-    wrong, said = fault(lambda: len(run.short.remove_layers(angular=True)) - 1)
-    yield "short_gpt/short_llama.py", "self.importances[:-self.n_prune_layers+1]", wrong, f"for one layer by angular distance the slice `[:-1+1]` is empty: {said}"
+    wrong, what = fault(lambda: len(run.short.remove_layers(angular=True)) - 1)
+    yield "short_gpt/short_llama.py", "self.importances[:-self.n_prune_layers+1]", wrong, f"for one layer by angular distance the slice `[:-1+1]` is empty: {what}"
 
 
 def pruneme_faults(folder, case):
@@ -274,7 +274,7 @@ PEERS = {"SLEB": (sleb, sleb_faults), "shortened-llm": (shortened_llm, shortened
 INTRO = """# Against other tools
 
 The same weights (fp32) and the same token rows for everyone, in one process; median of {runs} alternating runs, in CPU seconds of the process ({threads} thread, {machine}, torch {torch},
-transformers {transformers}), so that other work on the machine counts little. Ours takes all rows as one batch, most of the others one text at a time: the last column is ours with one row a batch too.
+transformers {transformers}), so that other work on the machine counts little; ours includes its bootstrap intervals. Ours takes all rows as one batch, most of the others one text at a time: the last column is ours with one row a batch too.
 "Exact" is the kit's own result, or plain hooks before the final norm for Block Influence and angular distance; "same": the same layers in the same order. "Largest difference" is between the values
 (NLL in nats a token, Block Influence, angle over pi). A factor below 1: theirs is faster. Written by `benchmarks/peers.py`."""
 
@@ -282,10 +282,21 @@ transformers {transformers}), so that other work on the machine counts little. O
 def commit(folder): return subprocess.run(["git", "-C", folder, "log", "-1", "--format=%h of %cs"], capture_output=True, text=True).stdout.strip() or "no git clone"
 
 
+def said(e): return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:160]}"
+
+
+def line(study, case, runs):
+    "The table's line; a tool that fails costs the others nothing."
+    try: return row(study, case, runs)
+    except Exception as e: return f"| {study.tool} | {study.what} | failed, {said(e)} |"
+
+
 def report_faults(name, folder, case):
-    "Claims that the measurement bears out, and those that it does not."
+    "Claims that the measurement bears out, and those that it does not (or that could not be measured)."
     seen, unseen = [], []
-    for file, code, wrong, text in PEERS[name][1](folder, case): (seen if wrong else unseen).append(f"- **{name}** {place(folder, file, code)}: {text}.")
+    try:
+        for file, code, wrong, text in PEERS[name][1](folder, case): (seen if wrong else unseen).append(f"- **{name}** {place(folder, file, code)}: {text}.")
+    except Exception as e: unseen.append(f"- **{name}**: failed, {said(e)}.")
     return seen, unseen
 
 
@@ -302,7 +313,7 @@ def main():
     print(INTRO.format(runs=args.runs, threads=torch.get_num_threads(), machine=platform.machine(), torch=torch.__version__, transformers=transformers.__version__))
     for c in cases:
         print(f"\n## {c.path.name}: {c.depth} layers, {len(c.ids)} rows of {c.length} tokens, each with its BOS\n\n{HEADER}", flush=True)
-        for s in studies(c, folder): print(row(s, c, args.runs), flush=True)
+        for s in studies(c, folder): print(line(s, c, args.runs), flush=True)
     print("\n## How each was made to run\n")
     for name in PEERS: print(f"- **{name}**" + (f" ({commit(folder/name)}): {' '.join(PEERS[name][0].__doc__.split())}" if name in here else ": no clone of it, skipped."))
     print(f"- **MetaLlama** (for ShortGPT): {MetaLlama.__doc__}\n- **{reload_loop.__doc__.split(':')[0]}**:{reload_loop.__doc__.partition(':')[2]} Ours in that line loads the model once.")
