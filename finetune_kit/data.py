@@ -41,6 +41,16 @@ def _named(keys):
 
 def _usable(f): return "messages" in f or "text" in f or ("answer" in f and ("question" in f or "input" in f))
 
+def _find(row, mapping, guess):
+    "How the parts were told (\"hand\", \"name\", \"content\"), and where they are."
+    found = {part: k for part, held in _named(tuple(row)).items() if (k := next((k for k in held if row[k] is not None), None)) is not None}
+    hand = {p: tuple(f) if isinstance(f, list) else f for p, f in (mapping or {}).items() if any(k in row for k in (f if isinstance(f, list) else [f]))}
+    if hand:   # mapping text means text, whatever else goes by a known name
+        meant = {p for shape in SHAPES.values() if set(shape) & set(hand) for p in shape}
+        found = {p: k for p, k in found.items() if not meant or p in meant or p not in chain(*SHAPES.values())} | hand
+    if _usable(found) or not guess: return "hand" if hand else "name", found
+    return "content", found | guess
+
 def find_fields(
     row:dict, # A row as it was read
     mapping:dict|None=None, # What goes by which name, over what is found: `dict(question="ask")`; a list of names puts columns together
@@ -49,12 +59,7 @@ def find_fields(
     "Which field of `row` holds which part: by hand, else by name without regard to case, else by content. `InvalidConfigError` where `mapping` names an unknown part."
     for part in mapping or {}:
         if part not in FIELDS: raise InvalidConfigError(f"mapping: unknown part {choices(part, FIELDS)}")
-    found = {part: k for part, held in _named(tuple(row)).items() if (k := next((k for k in held if row[k] is not None), None)) is not None}
-    hand = {p: tuple(f) if isinstance(f, list) else f for p, f in (mapping or {}).items() if any(k in row for k in (f if isinstance(f, list) else [f]))}
-    meant = {p for shape in SHAPES.values() if set(shape) & set(hand) for p in shape}             # mapping text means text, whatever else goes by a known name
-    if meant: found = {p: k for p, k in found.items() if p in meant or p not in chain(*SHAPES.values())}
-    found |= hand
-    return found if _usable(found) or not guess else found | guess
+    return _find(row, mapping, guess)[1]
 
 # %% ../nbs/01_data.ipynb #d0c04e12
 def _is_turn(t): return isinstance(t, dict) and ({"role", "content"} <= set(t) or {"from", "value"} <= set(t) or {"user", "assistant"} <= set(t))
@@ -264,16 +269,20 @@ def to_row(
     if isinstance(raw, ValueError): raise raw
     if isinstance(raw, str): return dict(text=_text(raw, "the text"))
     if not isinstance(raw, dict): raise ValueError(f"a row is {type(raw).__name__}, not a mapping or text")
-    f = find_fields(raw, mapping, guess)
+    return _shaped(raw, find_fields(raw, mapping, guess))
+
+def _shaped(raw, f):
     if not _usable(f): raise ValueError(f"no question and answer, messages or text among the fields {', '.join(map(str, raw)) or '(none)'}")
     extra = {k: str(v) for k, v in (("domain", raw.get(f.get("domain"))), ("variant", raw.get("variant"))) if isinstance(v, (str, int)) and v != ""}
-    if "messages" not in f and "answer" not in f or "messages" not in f and not {"question", "input"} & set(f): return dict(text=_cell(raw, f["text"], "text")) | extra
-    messages = _listed(raw[f["messages"]], f["messages"]) if "messages" in f else _spoken(raw, f)
+    if "messages" in f: messages = _listed(raw[f["messages"]], f["messages"])
+    elif "answer" in f and {"question", "input"} & set(f): messages = _spoken(raw, f)
+    else: return dict(text=_cell(raw, f["text"], "text")) | extra
     if "messages" in f and messages and messages[0]["role"] != "system" and raw.get(f.get("system")): messages.insert(0, dict(role="system", content=_cell(raw, f["system"], "system")))
-    if not any(m["role"] == "assistant" for m in messages): raise ValueError("no assistant's turn")
+    answers = [m for m in messages if m["role"] == "assistant"]
+    if not answers: raise ValueError("no assistant's turn")
     if next(m["role"] for m in messages if m["role"] != "system") == "assistant": raise ValueError("it begins with the assistant's turn; nothing was asked")
     if messages[-1]["role"] != "assistant": raise ValueError(f"the last turn is the {messages[-1]['role']}'s, not the assistant's")
-    if all(m.get("weight") == 0 for m in messages if m["role"] == "assistant"): raise ValueError("every assistant's turn has weight 0: nothing to learn")
+    if all(m.get("weight") == 0 for m in answers): raise ValueError("every assistant's turn has weight 0: nothing to learn")
     return dict(messages=messages) | extra
 
 # %% ../nbs/01_data.ipynb #31809a8f
@@ -362,22 +371,18 @@ def stream_rows(
     in_turn:bool=False, # Of several files, a row of each in turn
 ): # Yields rows, with `source` and `id`
     "Read row by row, in memory that does not grow with the source. `DatasetLoadError` for a missing source."
-    into = Rows() if into is None else into
+    into, _ = Rows() if into is None else into, find_fields({}, mapping)   # a bad mapping fails before anything is read
     sources = [_with_guess(label, reader, mapping) for label, reader in _readers(source, split)]
     for where, raw, guess in _in_turn(sources) if in_turn else chain(*sources):
         try:
-            row = to_row(raw, mapping, guess)
+            how, f = _find(raw, mapping, guess) if isinstance(raw, dict) else ("content", dict(text="the line"))
+            row = _shaped(raw, f) if isinstance(raw, dict) else to_row(raw)
             row |= dict(source=where, id=digest(row.get("messages") or row["text"]))
         except UnicodeEncodeError as e: into.reject(raw, f"broken text: {e.reason} at character {e.start}", where)
         except ValueError as e: into.reject(raw, str(e), where)
         else:
-            into.found[_how(raw, mapping, guess)] += 1
+            into.found[how, tuple(f.items())] += 1
             yield row
-
-def _how(raw, mapping, guess):
-    if isinstance(raw, str): return "content", (("text", "the line"),)
-    named, found = find_fields(raw, mapping), find_fields(raw, mapping, guess)
-    return "hand" if mapping and set(mapping) & set(found) else "name" if found == named else "content", tuple(found.items())
 
 def load_rows(
     source:str|Path|list, # As for `stream_rows`
