@@ -31,13 +31,19 @@ class RunConfig(TrainConfig):
     "Everything that decides about a run's result."
     model:str = "data/tiny-base"                                       # Folder or hub id of the base
     data:str|list[str] = "data/domains"                                # File, folder, several of them, or hub id
-    mapping:dict[str,str]|None = None                                  # Fields of the data by hand: {"question": "ask"}
+    mapping:dict[str,str|list[str]]|None = None                        # Fields of the data by hand: {"question": "ask"}
     max_rows:Annotated[int, Field(ge=3)]|None = None                   # Read no more rows than this (of each split)
+    dedupe:Literal["exact", "near"]|None = "exact"                     # Duplicates to leave out
+    variant:Literal["math", "reasoning", "assistant"]|None = None      # What worked math problems are made into
+    instruction:str|None = None                                        # A system turn for every conversation
+    domain_tags:bool = False                                           # Whether each question is marked with its domain
+    augment:Annotated[int, Field(ge=0)] = 0                            # Variations of each training question
     drop_layer:int|str|list[int]|None = 7                              # Layers to take out: 7, -1, "7,9", "20-24", [7, 8]; None: none
     prune_after:int|None = None                                        # Or: how many layers to keep from the bottom
     quant:Literal["4bit", "8bit"]|None = None                          # How to quantise the base
     backend:Literal["auto", "unsloth", "transformers"] = "auto"        # Who loads the model
     template:str|None = None                                           # Chat template: None: the model's own
+    loss_on:Literal["answers", "last", "all"] = "answers"              # Which tokens the loss counts
     eval_items:Annotated[int, Field(ge=2)] = 200                       # Held-out rows to evaluate on
     max_new_tokens:Annotated[int, Field(ge=1)] = 40                    # Longest generated answer, in tokens
 
