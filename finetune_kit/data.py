@@ -48,7 +48,8 @@ def _find(row, mapping, guess):
     if hand:   # mapping text means text, whatever else goes by a known name
         meant = {p for shape in SHAPES.values() if set(shape) & set(hand) for p in shape}
         found = {p: k for p, k in found.items() if not meant or p in meant or p not in chain(*SHAPES.values())} | hand
-    if _usable(found) or not guess: return "hand" if hand else "name", found
+    guess = {p: k for p, k in (guess or {}).items() if row.get(k) is not None}
+    if _usable(found) or not _usable(found | guess): return "hand" if hand else "name", found
     return "content", found | guess
 
 def find_fields(
