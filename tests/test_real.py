@@ -25,12 +25,29 @@ def test_reference_perplexities_of_stories260K(real):
 
 
 def test_row_counts_match_a_plain_reading(real):
-    from finetune_kit.data import load_rows
+    from finetune_kit.data import load_rows, statistics
     lines = lambda name: sum(1 for o in (real/name).read_text().splitlines() if o.strip())
-    for name, n in [("gsm8k/train.jsonl", lines("gsm8k/train.jsonl")), ("gsm8k/test.jsonl", lines("gsm8k/test.jsonl")), ("v1_sft_demo.jsonl", lines("v1_sft_demo.jsonl")),
-                    *[(f, len(json.loads((real/f).read_text()))) for f in ("alpaca_en_demo.json", "rasbt_instruction_1100.json", "tinystories_clean.json")]]:
+    items = lambda name: len(json.loads((real/name).read_text()))
+    for name, n, duplicates, how in [("gsm8k/train.jsonl", lines("gsm8k/train.jsonl"), 0, "question ← question, answer ← answer (by name)"), ("gsm8k/test.jsonl", lines("gsm8k/test.jsonl"), 0, "question ← question, answer ← answer (by name)"),
+                                     ("v1_sft_demo.jsonl", lines("v1_sft_demo.jsonl"), 1, "messages ← messages (by name)"), ("tinystories_clean.json", items("tinystories_clean.json"), 0, "text ← the line (by content)"),
+                                     ("alpaca_en_demo.json", items("alpaca_en_demo.json"), 14, "question ← instruction, input ← input, answer ← output (by name)"),
+                                     ("rasbt_instruction_1100.json", items("rasbt_instruction_1100.json"), 0, "question ← instruction, input ← input, answer ← output (by name)")]:
         rows = load_rows(real/name)
-        assert len(rows) + len(rows.rejects) == n and all("duplicate" in r["reason"] for r in rows.rejects)
+        assert len(rows) + len(rows.rejects) == n and len(rows.rejects) == duplicates and all("duplicate of" in r["reason"] for r in rows.rejects)
+        assert rows.detected() == {how: n} and statistics(dict(all=rows)).rows.sum() == len(rows)
+        if name.startswith("v1"): assert all(isinstance(m["content"], str) and m["content"] for r in rows for m in r["messages"])
+
+
+def test_gsm8k_three_ways(real):
+    "The result is what stands after ####, no calculator mark is left, and every row of the official test split is there."
+    from finetune_kit.data import VARIANTS, prepare_dataset
+    truth = [json.loads(o)["answer"].split("#### ")[1].replace(",", "") for o in (real/"gsm8k/test.jsonl").read_text().splitlines()]
+    for variant in VARIANTS:
+        splits = prepare_dataset(real/"gsm8k", variant=variant)
+        assert sum(map(len, splits.values())) == 7473 + 1319 and not any(r.rejects for r in splits.values())
+        answers = [r["messages"][-1]["content"] for r in splits["test"]]
+        assert not any("<<" in a for a in answers)
+        assert [re.search(dict(math=r"(.*)", reasoning=r"#### (.*)$", assistant=r"The answer is (.*)\.$")[variant], a)[1] for a in answers] == truth
 
 
 @pytest.mark.parametrize("data, max_rows", [("tinystories_clean.json", 300), ("gsm8k/train.jsonl", 300)])
