@@ -27,7 +27,7 @@ FIELDS = dict( # For each part, the names that it goes by, in the order in which
     input=("input", "context"),
     answer=("answer", "output", "response", "completion", "solution", "target", "assistant"),
     text=("text", "content", "story", "document"),
-    domain=("domain", "category", "topic", "subject"),
+    domain=("domain", "category"),
 )
 SHAPES = dict(chat=("messages",), instruction=("question", "input", "answer"), text=("text",)) # What a row can be, and the parts that make it one
 ROLES = dict(user="user", human="user", assistant="assistant", gpt="assistant", bot="assistant", model="assistant", system="system")
@@ -76,7 +76,7 @@ def column_kinds(
     rows:list[dict], # Rows as they were read
 )->dict[str,str]: # Column → "turns", "questions", "prose", "words" or the type of its values
     "What each column holds; empty values say nothing."
-    columns = {k: [r[k] for r in rows if r.get(k) not in (None, "", [])] for r in rows for k in r}
+    columns = {k: [r[k] for r in rows if r.get(k) not in (None, "", [])] for k in dict.fromkeys(k for r in rows for k in r)}
     return {k: _kind(v) for k, v in columns.items() if v}
 
 def fields_by_content(
@@ -250,8 +250,9 @@ def _cell(raw, names, what):
 def _spoken(raw, f):
     "The messages of a row that asks and answers in fields of its own."
     messages = [] if raw.get(f.get("system")) in (None, "") else [dict(role="system", content=_cell(raw, f["system"], "system"))]
-    for pair in raw.get(f.get("history")) or []:
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2: raise ValueError(f"{f['history']} is no list of pairs")
+    history = raw.get(f.get("history")) or []
+    if not isinstance(history, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in history): raise ValueError(f"{f['history']} is no list of pairs")
+    for pair in history:
         messages += [dict(role=r, content=_text(t, f"{f['history']}'s {r}")) for r, t in zip(("user", "assistant"), pair)]
     asked, answer = f.get("question", f.get("input")), f["answer"]
     if isinstance(raw.get(asked), list) and all(map(_is_turn, raw[asked])):                            # TRL's conversational prompt and completion
@@ -314,7 +315,8 @@ def source_files(
     source:str|Path|list, # A file, a folder (searched through), or a list of them
 )->list[Path]: # Files that a loader exists for, sorted within a folder
     "The files behind `source`. `DatasetLoadError` where one is missing or a folder holds none."
-    if isinstance(source, (list, tuple)): return [f for s in source for f in source_files(s)]
+    if isinstance(source, (list, tuple)) and source: return [f for s in source for f in source_files(s)]
+    if not source: raise DatasetLoadError(f"no data: the source is {source!r}; give a file, a folder, or a hub id")
     path = resolve_path(source)
     if path.is_dir(): files = sorted(f for f in path.rglob("*") if f.suffix.lower() in loaders and f.is_file())
     elif path.exists(): files = [path] if path.suffix.lower() in loaders else loaders[path.suffix.lower()]
@@ -357,7 +359,7 @@ def _with_guess(label, reader, mapping, sample=200):
     head = list(islice(reader, sample))
     unnamed = [raw for _, raw in head if isinstance(raw, dict) and not _usable(find_fields(raw, mapping))]
     guess = fields_by_content(unnamed)
-    return ((f"{label}:{n}", raw, guess) for n, raw in chain(head, reader))
+    yield from ((f"{label}:{n}", raw, guess) for n, raw in chain(head, reader))
 
 def _in_turn(sources):
     "A row of each source in turn."

@@ -271,8 +271,8 @@ def test_near_pairs_are_all_pairs(texts, threshold):
 
 def test_counts_add_up_through_everything(tmp_path):
     "rows + rejects = rows in the file, whatever is asked for."
-    lines = [json.dumps(dict(question=f"What is the sum of {i} and {i+1} as a plain number?", answer=f"{i} + {i+1} = <<{i}+{i+1}={2*i+1}>>{2*i+1}\n#### {2*i+1}", topic="ab"[i % 2])) for i in range(200)]
-    lines += [lines[0], "broken", '{"question": "alone"}', json.dumps(dict(question="Why?", answer="Because.", topic="a"))]
+    lines = [json.dumps(dict(question=f"What is the sum of {i} and {i+1} as a plain number?", answer=f"{i} + {i+1} = <<{i}+{i+1}={2*i+1}>>{2*i+1}\n#### {2*i+1}", category="ab"[i % 2])) for i in range(200)]
+    lines += [lines[0], "broken", '{"question": "alone"}', json.dumps(dict(question="Why?", answer="Because.", category="a"))]
     (tmp_path/"a.jsonl").write_text("\n".join(lines))
     for asked in (dict(), dict(dedupe="near"), dict(variant="math"), dict(domain_tags=True, instruction="Be brief."), dict(dedupe=None)):
         splits = prepare_dataset(tmp_path/"a.jsonl", **asked)
