@@ -225,8 +225,8 @@ def _turns(turn):
     if isinstance(turn, ValueError): raise turn
     if not isinstance(turn, dict): raise ValueError(f"a turn is {type(turn).__name__}, not a mapping")
     if "assistant" in turn and "user" in turn:
-        return [dict(role=r, content=_text(turn[r], f"the {r}'s content")) for r in ("system", "user", "assistant") if r in turn]
-    role, said = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        return [dict(role=r, content=_text(turn[r], f"the {r}'s content")) for r in ("system", "user", "assistant") if turn.get(r) or r != "system"]
+    role, said = (turn[a] if turn.get(a) is not None else turn.get(b) for a, b in (("role", "from"), ("content", "value")))
     if not isinstance(role, str) or role.lower() not in ROLES: raise ValueError(f"unknown role {choices(role, ROLES)}")
     role = ROLES[role.lower()]
     if role == "system" and not said: return []
