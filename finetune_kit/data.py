@@ -247,6 +247,13 @@ def _cell(raw, names, what):
     if not isinstance(names, tuple): return _text(raw[names], names)
     return _text("\n".join(_text(raw[n], n) for n in names if raw.get(n) not in (None, "")), f"{what} (of {', '.join(names)})")
 
+def _turns_in(value):
+    "The turns in a field: a list of them, or that list as JSON in a table's cell; none where it is neither."
+    if isinstance(value, str) and value.startswith("[{"):
+        try: value = _parse(value)
+        except ValueError: return []
+    return value if isinstance(value, list) and all(map(_is_turn, value)) else []
+
 def _spoken(raw, f):
     "The messages of a row that asks and answers in fields of its own."
     messages = [] if raw.get(f.get("system")) in (None, "") else [dict(role="system", content=_cell(raw, f["system"], "system"))]
@@ -255,9 +262,8 @@ def _spoken(raw, f):
     for pair in history:
         messages += [dict(role=r, content=_text(t, f"{f['history']}'s {r}")) for r, t in zip(("user", "assistant"), pair)]
     asked, answer = f.get("question", f.get("input")), f["answer"]
-    if isinstance(raw.get(asked), list) and all(map(_is_turn, raw[asked])):                            # TRL's conversational prompt and completion
-        said = raw[answer] if isinstance(raw[answer], list) else [dict(role="assistant", content=raw[answer])]
-        return messages + _listed(raw[asked], asked) + _listed(said, answer)
+    if turns := _turns_in(raw.get(asked)):                                                             # TRL's conversational prompt and completion
+        return messages + _listed(turns, asked) + _listed(_turns_in(raw[answer]) or [dict(role="assistant", content=raw[answer])], answer)
     parts = [_cell(raw, asked, "question")]
     if "question" in f and "input" in f and raw.get(f["input"]) is not None and str(raw[f["input"]]).strip(): parts.append(_cell(raw, f["input"], "input"))
     return messages + [dict(role="user", content="\n".join(parts)), dict(role="assistant", content=_cell(raw, answer, "answer"))]
