@@ -114,9 +114,10 @@ def _show_data(found, table, encoded, rejects, tokenizer):
     out = Console()
     out.print(Text(f"{found['rows']:,} rows can be used, {found['encoded']:,} of them fit; {found['rejects']:,} are left out", style="bold"))
     for how, n in found["detected"].items(): out.print(Text(f"  {n:,} rows: {how}"))
-    grid = Table(title="Statistics", title_justify="left")
-    for c in table: grid.add_column(c.replace("_", " "), justify="left" if c in ("split", "domain") else "right")
-    for row in table.itertuples(index=False): grid.add_row(*(f"{v:,.2f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v) for v in row))
+    shown = dict(domain="domain", rows="rows", tokens="tokens", tokens_median="median", tokens_p95="95%", tokens_max="longest", scored="scored", cut="cut")   # what fits into 80 columns
+    grid = Table(title="Tokens", title_justify="left")
+    for c in shown.values(): grid.add_column(c, justify="left" if c == "domain" else "right", no_wrap=True)
+    for row in table[list(shown)].itertuples(index=False): grid.add_row(*(f"{v:,.0f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v) for v in row))
     out.print(grid)
     for reason, n in found["reasons"].items(): out.print(Text(f"  {n:,} left out: {reason}", style="yellow"))
     for r in rejects[:5]: out.print(Text(f"    {r['source']}: {r['reason']}", style="yellow"))
