@@ -35,7 +35,8 @@ def study(folder):
     import torch
     from finetune_kit.importance import drop_one
     from finetune_kit.surgery import drop
-    from finetune_kit.walk import forecast, stream_model
+    from finetune_kit.stream import stream_model
+    from finetune_kit.walk import forecast
     torch.manual_seed(0)
     ids = torch.randint(3, VOCAB, (ROWS, LENGTH))
     batches = [dict(input_ids=ids[i:i+2], attention_mask=torch.ones_like(ids[i:i+2]), labels=ids[i:i+2]) for i in (0, 2)]

@@ -79,7 +79,7 @@ ids = torch.randint(3, 64, (2, 8), generator=torch.Generator().manual_seed(0))
 batch = [dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)]
 if sys.argv[2] == "write": AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=64, hidden_size=1024, intermediate_size=4096, num_hidden_layers=16, num_attention_heads=8, num_key_value_heads=8)).save_pretrained(sys.argv[1])
 else:
-    import finetune_kit.walk, accelerate, safetensors
+    import finetune_kit.importance, accelerate, safetensors
     drop_one(AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)).eval(), batch)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     table = drop_one(sys.argv[1], batch, stream=True)

@@ -112,7 +112,7 @@ def test_a_failing_run_leaves_a_readable_report(tmp_path):
 
 def test_dials_are_the_config(tmp_path):
     "The defaults that the notebook shows are those of `RunConfig`, each with a comment."
-    from finetune_kit.runs import RunConfig
+    from finetune_kit.dials import RunConfig
     cells = nbformat.read(ROOT/"nbs"/"train.ipynb", 4).cells
     code = [c.source for c in cells if "parameters" in c.metadata.get("tags", [])]
     assert len(code) == 1
