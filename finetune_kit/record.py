@@ -6,7 +6,7 @@
 __all__ = ['content_hashes', 'run_id', 'environment', 'runs_folder', 'Run', 'start_run', 'control_run']
 
 # %% ../nbs/14_record.ipynb #eb1583e8
-import hashlib, importlib.util, json, os, platform, socket, subprocess, time
+import hashlib, importlib.util, json, os, platform, shutil, socket, subprocess, time
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -112,7 +112,7 @@ class Run:
 
     def items(self)->dict[str,pd.DataFrame]: # State → its evaluation
         "The evaluations, item by item."
-        table = pd.read_json(self.folder/"items.jsonl", lines=True, dtype={k: object for k in ("id", "domain", "question", "reference", "answer")}, convert_dates=False)
+        table = pd.DataFrame([json.loads(line) for line in (self.folder/"items.jsonl").read_text(encoding="utf-8").split("\n") if line])
         return {s: df.drop(columns="state").reset_index(drop=True) for s, df in table.groupby("state", sort=False)}
 
     def save_rejects(self,
@@ -126,7 +126,8 @@ class Run:
         metrics:dict, # What came out, by state
         artifacts:dict|None=None, # Name → path, relative to the folder
     ):
-        "Mark the run as done once the cell that calls this is through and its outputs are in the report."
+        "Mark the run as done once the cell that calls this is through and its outputs are in the report. Its checkpoints have served."
+        shutil.rmtree(self.folder/"checkpoints", ignore_errors=True)
         done = dict(status="done", metrics=metrics, artifacts=artifacts or {}, finished=time.time(), error=None)
         if self.recorder: self._done = done
         else: self.save(**done).release()
@@ -157,7 +158,7 @@ def start_run(
     record:bool=True, # Record the notebook into a report, where this runs in one
     name:str|None=None, # What the id begins with; the experiment's name by default
 )->Run:
-    "Begin a run in its folder; what an earlier try of the same run left there is replaced. `FineTuneError` where another process is at it."
+    "Begin a run in its folder; what an earlier try of the same run left there is replaced, but for its checkpoints, from which training goes on. `FineTuneError` where another process is at it."
     global _active
     if record and _active: _active.release()
     hashes = content_hashes(experiment, cfg, plan)

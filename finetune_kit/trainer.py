@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['methods', 'StrictConfig', 'TrainConfig', 'lora', 'qlora', 'full', 'row_order', 'TrainResult', 'validation_loss',
-           'plain_loop', 'train']
+           'plain_loop', 'newest_checkpoint', 'train']
 
 # %% ../nbs/10_trainer.ipynb #dc080369
-import json, math, os, tempfile, time
+import hashlib, json, math, os, shutil, signal, subprocess, sys, tempfile, time
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .core import *
-from .chat import batches
+from .chat import batches, packed_batches
 from .model import add_lora, count_parameters, quiet
 from .surgery import decoder_layers
 
@@ -51,27 +53,36 @@ class TrainConfig(StrictConfig):
     lora_r:Annotated[int, Field(ge=1)] = 16                            # Rank of LoRA
     lora_alpha:Annotated[float, Field(gt=0)]|None = None               # LoRA's scale is alpha / r; None: 2r
     lora_dropout:Annotated[float, Field(ge=0, lt=1)] = 0.              # Of LoRA's input
+    rslora:bool = False                                                # Scale alpha / √r, arXiv:2312.03732
+    dora:bool = False                                                  # Weight-decomposed LoRA, arXiv:2402.09353
     lr:Annotated[float, Field(gt=0, lt=1)] = 2e-3                      # Peak learning rate
     schedule:Literal["linear", "cosine", "constant"] = "linear"        # How it falls after the warm-up
     warmup_steps:Annotated[int, Field(ge=0)] = 10                      # Steps in which it rises
     weight_decay:Annotated[float, Field(ge=0)] = 0.                    # AdamW's
     clip:Annotated[float, Field(gt=0)] = 1.                            # Largest gradient norm
-    batch_size:Annotated[int, Field(ge=1)] = 16                        # Rows a step and device
+    batch_size:Annotated[int, Field(ge=1)] = 16                        # Rows that go through the model at once, over all processes
     accumulate:Annotated[int, Field(ge=1)] = 1                         # Micro-batches of `batch_size` rows before each step
     max_steps:Annotated[int, Field(ge=1)] = 200                        # Optimizer steps
     eval_every:Annotated[int, Field(ge=0)] = 50                        # Steps between validations; 0: only at the end
+    patience:Annotated[int, Field(ge=0)] = 0                           # Stop after so many validations without a better one, and keep the best; 0: never
+    save_every:Annotated[int, Field(ge=0)] = 50                        # Steps between checkpoints; 0: none
+    checkpointing:bool = False                                         # Compute activations anew in the backward pass; by itself where not even one row fits
+    nproc:Annotated[int, Field(ge=1)] = 1                              # Processes (one a GPU) that share each step's rows
     max_length:Annotated[int, Field(ge=8)] = 512                       # Longest row, in tokens
     seed:Annotated[int, Field(ge=0)] = 0                               # Of adapters, order of rows and dropout
     report_to:str = "none"                                             # Trackers besides metrics.jsonl: "wandb", "trackio", "tensorboard"
 
-    def model_post_init(self, _): methods[self.method]
+    def model_post_init(self, _):
+        methods[self.method]
+        if self.batch_size % self.nproc: raise InvalidConfigError(f"batch_size={self.batch_size} cannot be shared by nproc={self.nproc} processes; give a multiple of {self.nproc}")
+        if self.patience and not self.eval_every: raise IncompatibleConfigError(f"patience={self.patience} with eval_every=0: nothing is measured to wait for; set eval_every")
 
 # %% ../nbs/10_trainer.ipynb #8f0fa6d8
 @methods("lora")
 def lora(model, cfg):
     "Adapters on every linear map of the decoder layers; the rest is frozen. A model that has adapters keeps the ones it has."
     if hasattr(model, "peft_config"): return model
-    return add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, seed=cfg.seed)
+    return add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, rslora=cfg.rslora, dora=cfg.dora, seed=cfg.seed)
 
 @methods("qlora")
 def qlora(model, cfg):
@@ -105,6 +116,7 @@ class TrainResult:
     tokens:int                                         # Real tokens that were read, padding not counted
     seconds:float                                      # Time in training, validation included
     parameters:dict = field(default_factory=dict)      # `total` and `trainable`
+    notes:list = field(default_factory=list)           # What was done differently than asked, and why
 
 def validation_loss(
     model, encoded:list[dict], # Rows as from `encode_rows`
@@ -117,8 +129,10 @@ def validation_loss(
     model.train(was)
     return float(df.nll.sum()/df.n_tokens.sum())
 
-def _check_loss(loss, step, rows):
-    if not math.isfinite(loss): raise NaNLossError(f"the loss is {loss} at step {step}; a lower lr, a longer warm-up or fp32 usually helps. Rows of this step: {rows}")
+def _check_loss(loss, step, rows, folder=None):
+    if math.isfinite(loss): return
+    kept = folder and write_atomic(Path(folder)/f"nan-step-{step}.json", json.dumps([{k: e[k] for k in ("id", "input_ids", "labels") if k in e} for e in rows]))
+    raise NaNLossError(f"the loss is {loss} at step {step}; a lower lr, a longer warm-up or fp32 usually helps. Rows of this step: {[e.get('id') for e in rows]}" + (f", kept in {kept}" if kept else ""))
 
 def _split(dataset):
     "Training and validation rows out of a list or a dict of splits."
@@ -160,7 +174,7 @@ def plain_loop(
             part = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), b["labels"][:, 1:].flatten(), reduction="sum") / n_scored
             part.backward()
             loss += part.item()
-        _check_loss(loss, step, [e["id"] for e in chosen])
+        _check_loss(loss, step, chosen)
         norm = torch.nn.utils.clip_grad_norm_(params, cfg.clip)
         line = dict(step=step, loss=loss, lr=schedule.get_last_lr()[0], grad_norm=norm.item())
         opt.step(); schedule.step(); opt.zero_grad()
@@ -171,38 +185,153 @@ def plain_loop(
     return TrainResult(model.eval(), pd.DataFrame(log), tokens, time.perf_counter()-start, count_parameters(model))
 
 # %% ../nbs/10_trainer.ipynb #cf84bcf1
-def _sft_class(backend):
-    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(tempfile.gettempdir())/f"unsloth_compiled_{os.getuid() if hasattr(os, 'getuid') else 0}"))
-    import transformers, trl
+def _lines(rows, pad_id, device):
+    "Rows laid into lines as long as the longest: `input_ids`, `position_ids`, `labels`, each (lines, seq). What fills a line up is a row of its own that nothing counts."
+    import torch
+    packs = packed_batches(rows, max(len(e["input_ids"]) for e in rows), device)
+    width = max(p["input_ids"].shape[1] for p in packs)
+    def line(p, key, fill): return torch.cat([p[key][0], fill[:width-p[key].shape[1]]])
+    pads = dict(input_ids=torch.full((width,), pad_id, device=device), position_ids=torch.arange(width, device=device), labels=torch.full((width,), -100, device=device))
+    return {key: torch.stack([line(p, key, fill) for p in packs]) for key, fill in pads.items()}
 
-    class OrderedSFT(trl.SFTTrainer):
-        "An `SFTTrainer` that takes rows in a given order, and validates per token."
-        def __init__(self, *args, order, **kwargs):
-            self.order = order
+@contextmanager
+def _scored_only(head, hit):
+    "The head sees only states that predict a scored token: its logits are (1, scored, vocabulary)."
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0][hit][None], *args[1:]))
+    try: yield
+    finally: handle.remove()
+
+def _summed_loss(model, rows, pad_id, fused):
+    "The NLL of all scored tokens of some rows, summed."
+    import torch
+    net = getattr(model, "module", model)
+    if fused:
+        b = batches(rows, len(rows), pad_id, net.device)[0]
+        return model(input_ids=b["input_ids"], attention_mask=b["attention_mask"], labels=b["labels"], num_items_in_batch=1, use_cache=False).loss
+    b = _lines(rows, pad_id, net.device)
+    hit = torch.nn.functional.pad(b["labels"][:, 1:] != -100, (0, 1))
+    with _scored_only(net.get_output_embeddings(), hit): logits = model(input_ids=b["input_ids"], position_ids=b["position_ids"], use_cache=False).logits[0]
+    return torch.nn.functional.cross_entropy(logits.float(), b["labels"][:, 1:][hit[:, :-1]], reduction="sum")
+
+# %% ../nbs/10_trainer.ipynb #10a50004
+def _digests(folder): return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir()) if f.name != "sealed.json"}
+
+def newest_checkpoint(
+    folder:Path, # Where `checkpoint-<step>` folders are
+)->Path|None: # None where none can be used
+    "The newest whole checkpoint; damaged ones are passed over with a warning."
+    for found in sorted(Path(folder).glob("checkpoint-*"), key=lambda f: -int(f.name.split("-")[1])):
+        try:
+            if json.loads((found/"sealed.json").read_text()) == _digests(found): return found
+        except (OSError, ValueError): pass
+        log.warning(f"{found} is not whole; passed over for the checkpoint before it")
+
+def _save_or_clean(save, folder, lines):
+    "Write a checkpoint and seal it. `CheckpointError` where that fails, with nothing left of it."
+    from safetensors import SafetensorError
+    try:
+        save()
+        write_atomic(folder/"log.json", json.dumps(lines))
+        write_atomic(folder/"sealed.json", json.dumps(_digests(folder)))
+    except (OSError, RuntimeError, SafetensorError) as e:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise CheckpointError(f"cannot write {folder} ({str(e).splitlines()[0]}); earlier checkpoints are as they were. Is the disk full? Free some, or set save_every=0") from e
+
+# %% ../nbs/10_trainer.ipynb #10a50007
+def _sft_class():
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(tempfile.gettempdir())/f"unsloth_compiled_{os.getuid() if hasattr(os, 'getuid') else 0}"))
+    import torch, trl
+    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+    class StepSFT(trl.SFTTrainer):
+        "An `SFTTrainer` whose steps take rows in a given order, all at once, and in parts that fit into memory."
+        def __init__(self, *args, order, micro, fused, lines, **kwargs):
+            self.order, self.micro, self.fused, self.lines, self.notes = order, micro, fused, lines, []
             super().__init__(*args, **kwargs)
 
         def _get_train_sampler(self, *args): return self.order
 
-        if backend != "unsloth": compute_loss = transformers.Trainer.compute_loss
+        def floating_point_ops(self, inputs): return 0   # rows, not tensors, arrive here
 
-    return OrderedSFT
+        def get_batch_samples(self, epoch_iterator, num_batches, device): return [next(epoch_iterator) for _ in range(num_batches)], None
 
-def _callback(cfg, val_rows, rows, order, on_log):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            rows = inputs.rows
+            scored = self.accelerator.reduce(torch.tensor(sum(len(e["labels"])-1 - e["labels"][1:].count(-100) for e in rows), device=self.accelerator.device)).clamp(min=1)
+            while True:
+                try: return self._parts(model.train(), rows, self.accelerator.num_processes/scored)
+                except Exception as e:
+                    if not should_reduce_batch_size(e) or self.accelerator.num_processes > 1: raise
+                self._make_room(model)
+
+        def _parts(self, model, rows, scale):
+            total, starts = 0., range(0, len(rows), self.micro)
+            for at in starts:
+                with nullcontext() if at == starts[-1] else self.accelerator.no_sync(model):
+                    loss = _summed_loss(model, rows[at:at+self.micro], self.processing_class.pad_token_id or 0, self.fused)*scale
+                    self.accelerator.backward(loss)
+                total += loss.detach()
+            return total
+
+        def _make_room(self, model):
+            model.zero_grad()
+            clear_device_cache(garbage_collection=True)
+            if self.micro == 1 and getattr(model, "is_gradient_checkpointing", False): raise OutOfMemoryError("not even one row fits into memory; set a smaller max_length, quant='4bit', or a smaller model")
+            if self.micro == 1: _recompute(model)
+            self.micro = max(1, self.micro//2)
+            self.notes.append(f"out of memory at step {self.state.global_step+1}: from there on {self.micro} row(s) at a time{', activations computed anew' if getattr(model, 'is_gradient_checkpointing', False) else ''}; the result is the same")
+
+        def _save_checkpoint(self, model, trial): _save_or_clean(lambda: super(StepSFT, self)._save_checkpoint(model, trial), Path(self.args.output_dir)/f"checkpoint-{self.state.global_step}", self.lines)
+
+    return StepSFT
+
+def _recompute(model):
+    "Gradient checkpointing, arXiv:1604.06174."
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+    model.enable_input_require_grads()
+
+class _Best:
+    "The trainable weights at the lowest validation loss; on disk, where there is a folder."
+    def __init__(self, folder): self.file, self.weights = folder and Path(folder)/"best.safetensors", None
+
+    def keep(self, model):
+        from safetensors.torch import save_file
+        self.weights = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
+        if self.file: save_file(self.weights, self.file)
+
+    def restore(self, model):
+        from safetensors.torch import load_file
+        weights = self.weights or (load_file(self.file) if self.file and self.file.exists() else {})
+        for n, p in model.named_parameters():
+            if n in weights: p.data.copy_(weights[n])
+
+def _callback(cfg, val_rows, rows, order, on_log, lines, folder):
     from transformers import TrainerCallback
-    per_step = cfg.batch_size*cfg.accumulate
+    per_step, best = cfg.batch_size*cfg.accumulate, _Best(folder)
+    for line in lines: on_log(line) if on_log else None
 
     class Log(TrainerCallback):
-        "Collects the log, validates, and stops at a loss that is no number."
-        def __init__(self): self.lines, self.start = [], time.perf_counter()
+        "Collects the log, validates, and stops at a loss that is no number or that gets no better."
+        def __init__(self): self.start = time.perf_counter() - (lines[-1]["seconds"] if lines else 0)
 
         def on_log(self, args, state, control, logs=None, model=None, **kwargs):
             if "loss" not in logs: return
             step = state.global_step
-            _check_loss(logs["loss"], step, [rows[i]["id"] for i in order[(step-1)*per_step:step*per_step]])
+            _check_loss(logs["loss"], step, [rows[i] for i in order[(step-1)*per_step:step*per_step]], folder)
             line = dict(step=step, loss=logs["loss"], lr=logs["learning_rate"], grad_norm=logs.get("grad_norm"))
             if val_rows and (step == cfg.max_steps or cfg.eval_every and step % cfg.eval_every == 0): line["val_loss"] = validation_loss(model, val_rows)
-            self.lines.append(line | dict(seconds=time.perf_counter()-self.start))
-            if on_log: on_log(self.lines[-1])
+            lines.append(line | dict(seconds=time.perf_counter()-self.start))
+            if on_log: on_log(lines[-1])
+            if cfg.patience and "val_loss" in line: self.judge(model, control)
+
+        def judge(self, model, control):
+            seen = [o["val_loss"] for o in lines if "val_loss" in o]
+            worse = len(seen)-1 - seen.index(min(seen))
+            if not worse: best.keep(model)
+            control.should_training_stop = control.should_training_stop or worse >= cfg.patience
+
+        def on_train_end(self, args, state, control, model=None, **kwargs):
+            if cfg.patience: best.restore(model)
 
     return Log()
 
@@ -211,24 +340,83 @@ def train(
     dataset, # Encoded rows, or a dict of them under "train" and "validation"
     cfg:TrainConfig=TrainConfig(),
     on_log=None, # Called with each line of the log, a dict
+    folder:str|Path|None=None, # Where checkpoints go, every `save_every` steps; a training that was killed goes on from there
 )->TrainResult:
-    "Fine-tune with TRL's `SFTTrainer`. `NaNLossError` for a loss that is no number, `IncompatibleConfigError` for a method that the model cannot take."
+    """Fine-tune with TRL's `SFTTrainer`. `NaNLossError` for a loss that is no number, `IncompatibleConfigError` for a method that the model cannot take,
+    `OutOfMemoryError` where not even one row fits, `CheckpointError` where one cannot be written."""
+    if cfg.nproc > 1 and "LOCAL_RANK" not in os.environ: return _in_processes(model, tokenizer, dataset, cfg, on_log)
     with quiet():
-        sft = _sft_class(getattr(model, "kit_backend", "transformers"))
+        sft = _sft_class()
         import datasets, torch, trl
     backend = getattr(model, "kit_backend", "transformers")
     model, rows, val_rows = _prepare(model, dataset, cfg)
-    order = row_order(len(rows), cfg)
-    cpu, bf16 = model.device.type == "cpu", model.dtype == torch.bfloat16
+    if cfg.checkpointing: _recompute(model)
+    order, done = row_order(len(rows), cfg), folder and newest_checkpoint(folder)
+    lines = json.loads((done/"log.json").read_text()) if done else []
+    cpu = model.device.type == "cpu"
     with tempfile.TemporaryDirectory() as d, quiet():
-        args = trl.SFTConfig(output_dir=d, max_steps=cfg.max_steps, per_device_train_batch_size=cfg.batch_size, gradient_accumulation_steps=cfg.accumulate, learning_rate=cfg.lr,
-            lr_scheduler_type=cfg.schedule, warmup_steps=cfg.warmup_steps, weight_decay=cfg.weight_decay, max_grad_norm=cfg.clip, seed=cfg.seed, use_cpu=cpu, bf16=bf16 and not cpu,
-            fp16=model.dtype == torch.float16, gradient_checkpointing=False, logging_steps=1, logging_nan_inf_filter=False, save_strategy="no", report_to=cfg.report_to,
-            disable_tqdm=True, padding_free=True, max_length=None, dataset_kwargs=dict(skip_prepare_dataset=True), remove_unused_columns=False)
+        args = trl.SFTConfig(output_dir=str(folder or d), max_steps=cfg.max_steps, per_device_train_batch_size=cfg.batch_size*cfg.accumulate//cfg.nproc, gradient_accumulation_steps=1, learning_rate=cfg.lr,
+            lr_scheduler_type=cfg.schedule, warmup_steps=cfg.warmup_steps, weight_decay=cfg.weight_decay, max_grad_norm=cfg.clip, seed=cfg.seed, use_cpu=cpu, ddp_backend="gloo" if cpu and cfg.nproc > 1 else None, bf16=model.dtype == torch.bfloat16 and not cpu,
+            fp16=model.dtype == torch.float16, gradient_checkpointing=False, logging_steps=1, logging_nan_inf_filter=False, save_strategy="steps" if folder and cfg.save_every else "no",
+            save_steps=cfg.save_every or 1, save_total_limit=2, report_to=cfg.report_to, disable_tqdm=True, padding_free=False, max_length=None, dataset_kwargs=dict(skip_prepare_dataset=True), remove_unused_columns=False)
         data = datasets.Dataset.from_list([dict(input_ids=e["input_ids"], labels=e["labels"]) for e in rows])
-        log = _callback(cfg, val_rows, rows, order, on_log)
-        trainer = sft(model=model, args=args, train_dataset=data, processing_class=tokenizer, order=order, callbacks=[log])
-        trainer.train()
+        told = _callback(cfg, val_rows, rows, order, on_log, lines, folder)
+        trainer = sft(model=model, args=args, train_dataset=data, processing_class=tokenizer, data_collator=lambda some: SimpleNamespace(rows=some), order=order, micro=max(1, cfg.batch_size//cfg.nproc),
+                      fused=backend == "unsloth" and not cpu, lines=lines, callbacks=[told])
+        if os.environ.get("LOCAL_RANK") and trainer.accelerator.num_processes != cfg.nproc: raise TrainingError(f"nproc={cfg.nproc}, but {trainer.accelerator.num_processes} processes train together")
+        trainer.train(resume_from_checkpoint=str(done) if done else None)
     model.kit_backend = backend
-    tokens = sum(len(rows[i]["input_ids"]) for i in order)
-    return TrainResult(model.eval(), pd.DataFrame(log.lines), tokens, log.lines[-1]["seconds"], count_parameters(model))
+    tokens = sum(len(rows[i]["input_ids"]) for i in order[:len(lines)*cfg.batch_size*cfg.accumulate])
+    return TrainResult(model.eval(), pd.DataFrame(lines), tokens, lines[-1]["seconds"], count_parameters(model), trainer.notes)
+
+# %% ../nbs/10_trainer.ipynb #10a50009
+def _in_processes(model, tokenizer, dataset, cfg, on_log):
+    "As `train`, by `cfg.nproc` processes. `TrainingError` with their last words where they fail."
+    from safetensors.torch import load_file
+    if hasattr(model, "peft_config"): raise IncompatibleConfigError("nproc > 1 with a model that has adapters already: merge them first, or set nproc=1")
+    splits = dict(zip(("train", "validation"), _split(dataset)))
+    with tempfile.TemporaryDirectory() as d:
+        job = Path(d)
+        with quiet(): model.save_pretrained(job/"model"); tokenizer.save_pretrained(job/"model")
+        (job/"rows.json").write_text(json.dumps({s: [{k: e[k] for k in ("id", "input_ids", "labels") if k in e} for e in rows] for s, rows in splits.items()}))
+        (job/"config.json").write_text(cfg.model_dump_json())
+        _launch([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cfg.nproc}", "-m", "finetune_kit.trainer", d], job, on_log)
+        model, weights = methods[cfg.method](model, cfg), load_file(job/"trained.safetensors")
+        for n, p in model.named_parameters():
+            if n in weights: p.data.copy_(weights[n])
+        end = json.loads((job/"result.json").read_text())
+    return TrainResult(model.eval(), pd.DataFrame(end["log"]), end["tokens"], end["seconds"], count_parameters(model))
+
+def _launch(command, job, on_log):
+    "Run processes in a group of their own, and pass on what they log; the group ends with whoever started it."
+    told = 0
+    with open(job/"out.txt", "w+") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True) as p:
+        try:
+            while True:
+                ended = p.poll() is not None
+                lines = (job/"log.jsonl").read_text().splitlines(keepends=True) if (job/"log.jsonl").exists() else []
+                for line in lines[told:]:
+                    if not line.endswith("\n"): break
+                    told += 1
+                    if on_log: on_log(json.loads(line))
+                if ended: break
+                time.sleep(.2)
+        finally:
+            if p.poll() is None: os.killpg(p.pid, signal.SIGKILL)
+        if p.returncode: raise TrainingError(f"the processes ended with code {p.returncode}:\n{(job/'out.txt').read_text()[-2000:]}")
+
+def _worker(job):
+    "One of the processes."
+    from safetensors.torch import save_file
+    from finetune_kit.model import load_model, model_config
+    cfg, rows, first = TrainConfig(**json.loads((job/"config.json").read_text())), json.loads((job/"rows.json").read_text()), os.environ["RANK"] == "0"
+    device = detect_device()
+    model, tokenizer = load_model(job/"model", backend="transformers", device=f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device, dtype=model_config(job/"model").dtype)
+    def on_log(line):
+        with open(job/"log.jsonl", "a") as f: f.write(json.dumps(line, default=float) + "\n")
+    result = train(model, tokenizer, rows, cfg, on_log if first else None)
+    if not first: return
+    save_file({n: p.detach().cpu().contiguous() for n, p in result.model.named_parameters() if p.requires_grad}, job/"trained.safetensors")
+    (job/"result.json").write_text(json.dumps(dict(log=result.log.to_dict("records"), tokens=result.tokens, seconds=result.seconds), default=float))
+
+if __name__ == "__main__" and "LOCAL_RANK" in os.environ: _worker(Path(sys.argv[1]))
