@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['quiet', 'model_config', 'n_layers', 'load_unsloth', 'pick_dtype', 'load_tokenizer', 'load_model', 'lora_targets',
-           'add_lora', 'merge_lora', 'count_parameters']
+           'add_lora', 'merge_lora', 'count_parameters', 'memory_forecast']
 
 # %% ../nbs/03_model.ipynb #0ee085f4
 import contextlib, io, json, os, warnings
@@ -169,3 +169,47 @@ def count_parameters(model)->dict: # `total` and `trainable`, in parameters; a 4
     "How many parameters there are, and how many are trained."
     size = lambda p: p.numel() * (2 if type(p).__name__ == "Params4bit" else 1)
     return dict(total=sum(map(size, model.parameters())), trainable=sum(size(p) for p in model.parameters() if p.requires_grad))
+
+# %% ../nbs/03_model.ipynb #03a50002
+def _kept_bytes(model, rows, length):
+    "Bytes that a forward pass keeps for the backward one, parameters not counted."
+    import torch
+    kept, own = {}, {p.untyped_storage()._cdata for p in model.parameters()}
+    def pack(t):
+        kept[t.untyped_storage()._cdata] = t.untyped_storage()
+        return t
+    device, dtype = next(model.parameters()).device, model.dtype
+    ids, mask = torch.zeros(rows, length, dtype=torch.long, device=device), torch.zeros(rows, 1, length, length, dtype=dtype, device=device)   # ready-made, since masks are not built without data
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    return sum(s.nbytes() for key, s in kept.items() if key not in own)
+
+def memory_forecast(
+    name:str|Path, # Folder or hub id
+    rows:int=16, length:int=128, # Rows that go through the model at once, and their tokens
+    method:str="lora", # "lora", "qlora" or "full"
+    quant:str|None=None, # As for `load_model`
+    lora_r:int=16, # Rank
+    layers:int|None=None, # How many layers stay; None: all
+    dtype=None, # torch dtype of weights and activations; by default as `load_model` picks it
+    checkpointing:bool=False, # Activations are computed anew, layer by layer
+)->dict[str,float]: # GiB: `weights`, `gradients`, `optimizer` (AdamW, fp32), `activations`, and their `total`
+    "What a training will hold at its peak, before anything is loaded. `ModelNotFoundError` as from `model_config`."
+    import torch
+    with quiet(): from transformers import AutoModelForCausalLM
+    cfg, dtype = model_config(name), dtype or pick_dtype(detect_device())
+    text = cfg.get_text_config()
+    text.num_hidden_layers = layers or text.num_hidden_layers
+    if getattr(text, "layer_types", None): text.layer_types = text.layer_types[:text.num_hidden_layers]
+    with torch.device("meta"), quiet():
+        model = AutoModelForCausalLM.from_config(cfg, dtype=dtype).train()
+        per = {None: dtype.itemsize, "8bit": 1., "4bit": .5 + .127/8}[quant]                        # NF4: half a byte, and .127 bits of doubly quantised scales
+        packed = {m.weight for n, m in model.named_modules() if n.split(".")[-1] in lora_targets(model)} if quant else set()
+        weights = sum(p.numel()*(per if p in packed else p.element_size()) for p in model.parameters())
+        if method != "full": model = add_lora(model, lora_r)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        activations = _kept_bytes(model, rows, length)
+    if checkpointing: activations = activations/text.num_hidden_layers + text.num_hidden_layers*rows*length*text.hidden_size*dtype.itemsize
+    parts = dict(weights=weights + (sum(p.numel()*p.element_size() for p in trained) if method != "full" else 0), gradients=sum(p.numel()*p.element_size() for p in trained), optimizer=sum(8*p.numel() for p in trained), activations=activations)
+    return {k: v/2**30 for k, v in parts.items()} | dict(total=sum(parts.values())/2**30)

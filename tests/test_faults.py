@@ -1,0 +1,100 @@
+"What training meets: kill -9, a damaged checkpoint, a full disk, a loss that is no number. Children are forked, so that the libraries are imported once."
+import json, multiprocessing, os, random, resource, signal, time
+
+import pytest, torch
+from conftest import ROOT
+from finetune_kit.chat import encode_rows
+from finetune_kit.core import CheckpointError, NaNLossError, digest
+from finetune_kit.data import prepare_dataset
+from finetune_kit.model import load_model
+from finetune_kit.surgery import apply_plan, drop
+from finetune_kit.trainer import TrainConfig, newest_checkpoint, train
+
+CFG = dict(max_steps=8, batch_size=4, warmup_steps=2, eval_every=0, lora_r=4, lora_dropout=.1, save_every=2)
+fork = multiprocessing.get_context("fork")
+
+
+def cut():
+    model, tokenizer = load_model(ROOT/"data/tiny-base", backend="transformers", device="cpu")
+    return apply_plan(model, drop(model, 7)), tokenizer
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return encode_rows(prepare_dataset(ROOT/"data/domains", max_rows=40)["train"], cut()[1])
+
+
+def work(rows, folder, pipe, cfg, on_log=None):
+    torch.set_num_threads(1)
+    def told(line):
+        pipe.send(line["step"])
+        if on_log: on_log(line)
+    try: result = train(*cut(), rows, TrainConfig(**cfg), told, folder)
+    except CheckpointError as e: pipe.send(str(e))
+    else: pipe.send(digest({n: p.detach().numpy().tobytes().hex() for n, p in result.model.named_parameters() if p.requires_grad}))
+    os._exit(0)
+
+
+def child(rows, folder, kill_at=None, on_log=None, **cfg):
+    "All that the child sent; it is killed when it has told of step `kill_at`."
+    here, there = fork.Pipe()
+    p = fork.Process(target=work, args=(rows, folder, there, CFG | cfg, on_log))
+    p.start()
+    there.close()
+    sent = []
+    try:
+        while True:
+            sent.append(here.recv())
+            if sent[-1] == kill_at: os.kill(p.pid, signal.SIGKILL)
+    except EOFError: pass
+    p.join()
+    return sent
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(rows, tmp_path_factory):
+    return child(rows, tmp_path_factory.mktemp("whole"))[-1]
+
+
+@pytest.mark.parametrize("times", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_any_step_it_ends_with_the_same_weights(rows, uninterrupted, times, tmp_path):
+    for n, step in enumerate(random.Random(times).choices(range(1, 9), k=times)):
+        killed = child(rows, tmp_path/str(n), kill_at=step)
+        assert killed[-1] != uninterrupted and step in killed
+        again = child(rows, tmp_path/str(n))
+        assert again[-1] == uninterrupted, f"killed at step {step}"
+        assert again[:-1] == list(range(1, 9)), "the log is whole, the part before the kill included"
+
+
+def test_a_damaged_checkpoint_is_passed_over(rows, uninterrupted, tmp_path, caplog):
+    child(rows, tmp_path, kill_at=7)
+    newest = newest_checkpoint(tmp_path)
+    (newest/"adapter_model.safetensors").write_bytes(b"\0" + (newest/"adapter_model.safetensors").read_bytes()[1:])
+    before = newest_checkpoint(tmp_path)
+    assert int(before.name.split("-")[1]) < int(newest.name.split("-")[1]) and f"{newest.name} is not whole" in caplog.text
+    assert child(rows, tmp_path)[-1] == uninterrupted
+
+
+def test_a_full_disk(rows, uninterrupted, tmp_path):
+    def fill(line):   # from step 3 on no file may grow beyond 2 kB
+        if line["step"] == 3:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+    sent = child(rows, tmp_path, on_log=fill)
+    assert sent[:-1] == [1, 2, 3, 4] and "cannot write" in sent[-1] and "checkpoint-4" in sent[-1] and "save_every=0" in sent[-1]
+    assert [f.name for f in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"] and newest_checkpoint(tmp_path)
+    assert child(rows, tmp_path)[-1] == uninterrupted
+
+
+def test_the_batch_of_a_nan_is_kept(rows, tmp_path):
+    model, tokenizer = cut()
+    with torch.no_grad(): model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(NaNLossError, match="nan-step-1.json"): train(model, tokenizer, rows, TrainConfig(**CFG), folder=tmp_path)
+    kept = json.loads((tmp_path/"nan-step-1.json").read_text())
+    assert len(kept) == 4 and {e["id"] for e in kept} <= {e["id"] for e in rows} and all(e["input_ids"] for e in kept) and not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_tensorboard(rows, tmp_path):
+    pytest.importorskip("tensorboard")
+    train(*cut(), rows, TrainConfig(**(CFG | dict(max_steps=2, save_every=0, report_to="tensorboard"))), folder=tmp_path)
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
