@@ -46,6 +46,7 @@ def test_masks_equal_trl(name, tok):
         assert [l != -100 for l in ours["labels"]] == without_space_at_the_end(tok, theirs["input_ids"], theirs["assistant_masks"])
 
 
+@pytest.mark.slow
 def test_labels_equal_trl_s_own_preparation(tok, tmp_path):
     "The trainer's data set, as `SFTTrainer(assistant_only_loss=True)` makes it, label by label."
     import datasets, trl
@@ -70,6 +71,7 @@ print("LABELS", json.dumps([list(map(int, l)) for l in f(dict(input_ids=ids))["l
 """
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_labels_equal_unsloth_s_train_on_responses_only(tok):
     if importlib.util.find_spec("unsloth") is None: pytest.skip("unsloth is not installed")
