@@ -282,11 +282,12 @@ class Kernels:
         self.stop()
         if self.warm:
             with contextlib.suppress(OSError): self.server.stdin.close()
-            self.server.kill(); self.server.wait(); self.server.stdout.close()
+            self.server.wait(); self.server.stdout.close()
 
     def stop(self):
         "Kill the kernels that run; `run.json` says `running` there, of a process that is gone, so that the next sweep runs them again."
         self.closed = True
+        if self.warm: self.server.kill()
         for pid in list(self.alive):
             with contextlib.suppress(OSError): os.killpg(pid, signal.SIGKILL)
 
@@ -296,7 +297,8 @@ class Kernels:
                 if not hasattr(self, "ready"): self.ready = self.server.stdout.readline()
                 self.server.stdin.write(json.dumps(dict(argv=argv, env=env, cwd=cwd)) + "\n"); self.server.stdin.flush()
                 return _Forked(int(self.server.stdout.readline()))
-            except (OSError, ValueError): log.warning("kernels start cold: the process that forks them is gone")
+            except (OSError, ValueError):
+                if not self.closed: log.warning("kernels start cold: the process that forks them is gone")
 
     def manager(self,
         **env, # Environment variables of this kernel only
@@ -306,12 +308,12 @@ class Kernels:
         kernels = self
         class Manager(AsyncKernelManager):
             async def _async_launch_kernel(self, kernel_cmd, **kw):
-                if kernels.closed: raise FineTuneError("the sweep was stopped")
                 kw["env"] = kw["env"] | kernels.env | env
                 process = kernels.fork(kernel_cmd[2:], kw["env"], str(kw.get("cwd") or os.getcwd())) if kernels.warm and kernel_cmd[1:3] == ["-m", "ipykernel_launcher"] else None
                 if process:
                     self.provisioner.process, self.provisioner.pid, self.provisioner.pgid = process, process.pid, process.pid
                     self._reconcile_connection_info(self.provisioner.connection_info)
+                elif kernels.closed: raise FineTuneError("the sweep was stopped")
                 else: await super()._async_launch_kernel(kernel_cmd, **kw)
                 kernels.alive.add(self.provisioner.pid)
                 if kernels.closed: kernels.stop()      # it was stopped meanwhile
@@ -335,7 +337,7 @@ class RunTask:
             if folder.exists():
                 with FileLock(folder/".lock", timeout=15): pass   # a killed sweep's kernels need a moment to die
             if folder.exists() and _read(folder)["status"] == "done": return ""
-            papermill.execute_notebook(self.notebook, None, self.dials, kernel_name="python3", progress_bar=False, **(dict(kernel_manager_class=manager) if manager else {}))
+            papermill.execute_notebook(self.notebook, None, self.dials, kernel_name="python3", progress_bar=False, start_timeout=300, **(dict(kernel_manager_class=manager) if manager else {}))
         except Timeout: return f"it is being run by process {_read(folder).get('pid')} on {_read(folder).get('host')}"
         except PapermillExecutionError as e: return f"{e.ename}: {e.evalue}"
         except Exception as e: return f"{type(e).__name__}: {e}"
@@ -469,7 +471,9 @@ def _run_here(spec, left, jobs, warm, on_done):
 def _settled(run, job, since):
     "Whether nothing more will come of a job: its run's own record counts; a job that Slurm puts back into the queue goes on."
     info = run.info
-    if info["status"] in ("done", "failed") and (info.get("started") or 0) >= since: return True
+    if info["status"] in ("done", "failed") and (info.get("started") or 0) >= since:
+        run.error = info.get("error") or ""
+        return True
     if not job.done() or job.state.upper().split(" ")[0] in ("NODE_FAIL", "PREEMPTED", "REQUEUED", "PENDING", "RUNNING", "REQUEUE_HOLD"): return False
     error = job.exception()
     run.error = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}" if error else job.result()
@@ -543,8 +547,8 @@ def sweep(
         show(f"[{len(done)}/{len(left)}] {run.id}  {f'FAILED: {run.error}' if run.error else f'done in {_span(run.seconds)}'}{f'  nll: {came}' if came and not run.error else ''}{f'  ({rest} left, {_span(spent/len(done)*rest)})' if rest else ''}")
         write_page(spec, planned)
     try:
-        if slurm in (None, False): left and _run_here(spec, left, jobs, warm, on_done)
-        else: left and _run_on_cluster(spec, left, spec.slurm | (slurm if isinstance(slurm, dict) else {}), on_done)
+        if left and slurm in (None, False): _run_here(spec, left, jobs, warm, on_done)
+        elif left: _run_on_cluster(spec, left, spec.slurm | (slurm if isinstance(slurm, dict) else {}), on_done)
     except KeyboardInterrupt:
         show(f"stopped: {len(done)} of {len(left)} were made; the same command goes on with the others")
         raise

@@ -45,7 +45,8 @@ def test_evaluate_writes_beside_the_runs(made, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr[-3000:]
     for run in two:
         found = json.loads(next(run.glob("evaluation-*.json")).read_text())
-        assert found["metrics"]["tuned"]["n_items"] == 8 and found["metrics"]["tuned"]["nll"] > found["metrics"]["base"]["nll"] and found["metrics"]["tuned_minus_base"]["nll"]["lo"] is not None
+        base, tuned, gain = (found["metrics"][k] for k in ("base", "tuned", "tuned_minus_base"))
+        assert tuned["n_items"] == 8 and gain["nll"]["mean"] == pytest.approx(tuned["nll"] - base["nll"]) and gain["nll"]["lo"] <= gain["nll"]["mean"] <= gain["nll"]["hi"]
         assert {"exact_match", "token_f1", "rouge_l"} <= set(found["metrics"]["tuned"])
     from finetune_kit.runs import list_runs
     assert list_runs().set_index("id").loc[two[0].name, "data/domains: tuned.nll"] == json.loads(next(two[0].glob("evaluation-*.json")).read_text())["metrics"]["tuned"]["nll"]
