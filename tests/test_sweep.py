@@ -1,7 +1,8 @@
 "Sweeps over a small notebook: what is refused, skipped, retried, killed and gone on with; and a registry that many write to at once."
 import json, multiprocessing, os, random, signal, time
 
-import nbformat, pandas as pd, pytest
+import nbformat, pytest
+from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_notebook
 
 from finetune_kit import record, runs
@@ -93,7 +94,7 @@ def kernels(folder):
     return [i["pid"] for i in said if i["status"] == "running" and os.path.exists(f"/proc/{i['pid']}")]
 
 
-def wait_for(what, seconds=120):
+def wait_for(what, seconds=600):
     end = time.time() + seconds
     while not what():
         assert time.time() < end, "it took too long"
@@ -106,7 +107,7 @@ def test_ctrl_c_leaves_nothing_running_and_loses_nothing(toy, tmp_path):
     wait_for(lambda: len(kernels(tmp_path/"runs")) == 2)
     pids = kernels(tmp_path/"runs")
     os.kill(process.pid, signal.SIGINT)
-    process.join(30)
+    process.join(120)
     assert process.exitcode not in (None, 0) and not [p for p in pids if os.path.exists(f"/proc/{p}")]
     assert (tmp_path/"runs/sweep-toy/index.html").exists()
     assert [p.info["status"] for p in runs.to_do(runs.plan_sweep(runs.read_spec(spec)))].count("stopped") == 2
@@ -126,7 +127,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_table(toy, tmp_path, mon
         time.sleep(rng.random()*1.5)
         process.kill()
         process.join()
-        wait_for(lambda: not kernels(tmp_path/"runs"), 10)                              # they die with it
+        wait_for(lambda: not kernels(tmp_path/"runs"), 60)                              # they die with it
     assert outcome(runs.sweep(spec, jobs=2, warm=LIGHT)) == whole and {r["status"] for r in whole} == {"done"}
 
 
@@ -168,3 +169,16 @@ def test_a_damaged_run_is_shown_among_a_thousand(tmp_path, monkeypatch):
     (tmp_path/"toy-500"/"run.json").write_text('{"status": "do')
     table = runs.list_runs()
     assert len(table) == 1000 and table.id[0] == "toy-999" and table.set_index("id").status["toy-500"] == "damaged" and (table.status == "done").sum() == 999
+
+
+@pytest.mark.parametrize("name, n", [("drop_sweep", 24), ("prune_sweep", 12), ("calibration_sweep", 3)])
+def test_the_ready_sweeps_are_sound(name, n):
+    planned = runs.plan_sweep(runs.read_spec(ROOT/f"experiments/{name}.yaml"))
+    assert len(planned) == n and sum(p.first for p in planned) == (n if name == "calibration_sweep" else 2)
+
+
+@pytest.mark.parametrize("name, config", [("evaluate", "EvaluateConfig"), ("compare", "CompareConfig")])
+def test_dials_are_the_config(name, config):
+    from finetune_kit import dials
+    values, experiment, cls = runs._notebook(ROOT/f"nbs/{name}.ipynb")
+    assert values.pop("config") is None and values == cls().model_dump() and cls is getattr(dials, config) and experiment == name
