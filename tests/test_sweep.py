@@ -83,7 +83,7 @@ def in_a_process(spec, **how):
         os.setsid()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         runs.sweep(spec, warm=LIGHT, **how)
-    process = multiprocessing.get_context("fork").Process(target=go)
+    process = multiprocessing.get_context("fork").Process(target=go, daemon=True)
     process.start()
     return process
 
