@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATES', 'STATE_WORDS', 'SERIES', 'MARKS', 'set_style', 'plot_losses', 'plot_states', 'plot_domains', 'plot_lengths',
            'plot_importance', 'plot_parts', 'plot_blocks', 'plot_truncations', 'plot_tasks', 'plot_agreement',
-           'plot_prediction']
+           'plot_prediction', 'plot_sweep']
 
 # %% ../nbs/11_figures.ipynb #55a6230b
 import numpy as np, pandas as pd
@@ -206,4 +206,30 @@ def plot_prediction(
     for px, py, name in table[[x, y, names]].itertuples(index=False): ax.annotate(str(name), (px, py), xytext=(5, 4), textcoords="offset points", fontsize=9)
     _symlog(ax, "x", table[x]); _symlog(ax, "y", table[y])
     ax.set(xlabel=xlabel or x, ylabel=ylabel or y)
+    return fig
+
+# %% ../nbs/11_figures.ipynb #6e110002
+def plot_sweep(
+    table:pd.DataFrame, # As from `runs.sweep_table`
+    x:str, # The dial to draw against
+    name:str="nll", # Metric
+): # matplotlib figure, or None where no run has the metric yet
+    "Each state of each run with its 95% interval; runs with the same `x` stand side by side."
+    from matplotlib.figure import Figure
+    states = [s for s in STATES if f"{s}.{name}" in table]
+    if not states: return None
+    labels = list(dict.fromkeys(map(str, table[x])))
+    fig = Figure(figsize=(max(6, min(13, .5*len(labels)+2.5)), 3.6), layout="constrained")
+    ax = fig.subplots()
+    for n, state in enumerate(states):
+        seen = table[table[f"{state}.{name}"].notna()]
+        at = seen[x].astype(str)
+        place = at.map(labels.index) + (n-(len(states)-1)/2)*.12 + at.groupby(at).cumcount()*.03
+        ax.plot(place, seen[f"{state}.{name}"], "o", color=STATES[state], ms=4.5, label=state)
+        if f"{state}.{name}_lo" in seen: ax.vlines(place, seen[f"{state}.{name}_lo"].astype(float), seen[f"{state}.{name}_hi"].astype(float), color=STATES[state], lw=1.4)
+    _symlog(ax, "y", np.concatenate([table[f"{s}.{name}"].dropna().to_numpy(float) for s in states]))
+    ax.set(xlabel=x, ylabel=name.replace("nll", "NLL (nats per token)").replace("_", " "), xticks=range(len(labels)), xticklabels=labels)
+    ax.grid(color="#e6e8eb"); ax.set_axisbelow(True)
+    for side in ("top", "right"): ax.spines[side].set_visible(False)
+    ax.legend(ncols=4, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     return fig

@@ -21,6 +21,7 @@ from .dials import RunConfig, check_config
 from .model import model_config
 from .report import Recorder, save_report
 from .surgery import LayerPlan, drop
+from .trainer import StrictConfig
 
 # %% ../nbs/14_record.ipynb #2794a18a
 def _file_digest(path):
@@ -28,25 +29,28 @@ def _file_digest(path):
 
 def content_hashes(
     experiment:str, # The notebook's name, whose code counts
-    cfg:RunConfig, plan:LayerPlan, # What is asked, and what stays of the model
+    cfg:StrictConfig, plan:LayerPlan|None, # What is asked, and what stays of the model; None where an experiment cuts none
 )->dict[str,str]: # `config`, `code`, `data`, `model`, `template`, `machine`: short hexadecimal digests ("hub" data and models count by name)
     "What the run stands on, in digests."
-    base = resolve_path(cfg.model)
-    files = [] if is_hub_id(cfg.data) else source_files(cfg.data)
+    model, data, template = (getattr(cfg, k, None) for k in ("model", "data", "template"))
+    base = resolve_path(model or "no model")
+    files = [] if data is None or is_hub_id(data) else source_files(data)
     weights = sorted(p for p in base.glob("*") if p.suffix in (".json", ".jinja", ".safetensors")) if base.is_dir() else []
     jinja, notebook = base/"chat_template.jinja", ROOT/"nbs"/f"{experiment}.ipynb"
     cells = [c["source"] for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"] if notebook.exists() else []
-    asked = {k: v for k, v in cfg.model_dump().items() if k not in ("drop_layer", "prune_after")} | dict(dropped=plan.dropped)
-    backend = cfg.backend if cfg.backend != "auto" else "unsloth" if importlib.util.find_spec("unsloth") else "transformers"
+    asked = {k: v for k, v in cfg.model_dump().items() if k not in ("drop_layer", "prune_after")} | dict(dropped=plan.dropped if plan else [])
+    backend = getattr(cfg, "backend", "auto")
+    if backend == "auto": backend = "unsloth" if importlib.util.find_spec("unsloth") else "transformers"
     return dict(config=digest(asked), code=digest([*(_file_digest(p) for p in sorted(Path(finetune_kit.__file__).parent.glob("*.py"))), cells]),
-                data=digest([_file_digest(p) for p in files] or cfg.data), model=digest([_file_digest(p) for p in weights] or cfg.model),
-                template=digest(jinja.read_text() if cfg.template in (None, "own") and jinja.exists() else cfg.template), machine=digest([detect_device(), backend]))
+                data=digest([_file_digest(p) for p in files] or data), model=digest([_file_digest(p) for p in weights] or model),
+                template=digest(jinja.read_text() if template in (None, "own") and jinja.exists() else template), machine=digest([detect_device(), backend]))
 
 def run_id(
     name:str, # What the id begins with: the notebook's name, "control"
-    plan:LayerPlan, hashes:dict, # What stays of the model; as from `content_hashes`
+    plan:LayerPlan|None, hashes:dict, # What stays of the model; as from `content_hashes`
 )->str: # "train-drop7-3f2a91c0"
     "The id of a run on this code, data, model and kind of machine."
+    if plan is None: return f"{name}-{digest(hashes, 8)}"
     gone = plan.dropped
     in_a_row = gone and gone == list(range(gone[0], gone[-1]+1))
     what = "whole" if plan.whole else f"drop{gone[0]}" if len(gone) == 1 else f"drop{gone[0]}-{gone[-1]}" if in_a_row else "drop" + "_".join(map(str, gone))[:24]
@@ -122,6 +126,14 @@ class Run:
         lines = [json.dumps(dict(split=s) | r, ensure_ascii=False) for s, rows in splits.items() for r in rows.rejects]
         write_atomic(self.folder/"rejects.jsonl", "".join(f"{o}\n" for o in lines))
 
+    def save_evaluation(self,
+        data:str, data_hash:str, # What it was evaluated on: its name, and its digest
+        metrics:dict, # State → its summary: "base", "tuned"
+        **conditions, # Whatever else the numbers hold for
+    ):
+        "Keep an evaluation of the run on other data beside it, in `evaluation-<data hash>.json`; several processes may do so at once."
+        write_atomic(self.folder/f"evaluation-{data_hash}.json", json.dumps(dict(data=data, data_hash=data_hash, metrics=metrics, made=time.time()) | conditions, indent=1, ensure_ascii=False, default=str))
+
     def finish(self,
         metrics:dict, # What came out, by state
         artifacts:dict|None=None, # Name → path, relative to the folder
@@ -144,7 +156,7 @@ class Run:
             return
         message = f"{type(error).__name__}: {error}" if error else ""
         end = dict(status="failed", error=message, finished=time.time()) if error else done
-        try: save_report(notebook, self.folder, f"{self.info['experiment']}: {self.info['plan']}", message)
+        try: save_report(notebook, self.folder, ": ".join(filter(None, (self.info["experiment"], self.info["plan"]))), message)
         except Exception as e:
             end |= dict(error=f"{end['error'] or ''} (no report: {type(e).__name__}: {e})")
             raise
@@ -154,7 +166,7 @@ class Run:
 
 def start_run(
     experiment:str, # The notebook's name, without suffix
-    cfg:RunConfig, plan:LayerPlan, # What is going to be done
+    cfg:StrictConfig, plan:LayerPlan|None, # What is going to be done
     record:bool=True, # Record the notebook into a report, where this runs in one
     name:str|None=None, # What the id begins with; the experiment's name by default
 )->Run:
@@ -168,7 +180,7 @@ def start_run(
     try: run.lock.acquire(timeout=0)
     except Timeout: raise FineTuneError(f"{run.id} is being run by process {_read(run.folder).get('pid')} on {_read(run.folder).get('host')}; wait for it, or change a parameter") from None
     for old in ("metrics.jsonl", "items.jsonl", "rejects.jsonl", "report.html", "report.ipynb"): (run.folder/old).unlink(missing_ok=True)
-    run.save(id=run.id, experiment=experiment, status="running", plan=str(plan), dropped=plan.dropped, config=cfg.model_dump(), hashes=hashes, seed=cfg.seed,
+    run.save(id=run.id, experiment=experiment, status="running", plan=str(plan or ""), dropped=plan.dropped if plan else [], config=cfg.model_dump(), hashes=hashes, seed=getattr(cfg, "seed", None),
              started=time.time(), finished=None, pid=os.getpid(), host=socket.gethostname(), metrics={}, artifacts={}, error=None, **environment())
     from IPython import get_ipython
     shell = get_ipython() if record else None
