@@ -8,9 +8,9 @@ __all__ = ['ERRORS', 'UnknownModelError', 'BusyError', 'Catalogue', 'Job', 'Engi
            'demo']
 
 # %% ../nbs/17_serve.ipynb #7e100003
-import asyncio, contextlib, gc, hmac, json, os, re, threading, time, uuid
+import asyncio, contextlib, gc, hmac, json, threading, time, uuid
 from collections import OrderedDict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -40,7 +40,7 @@ class Catalogue:
         name:str, # As a client wrote it
     )->Source:
         "`UnknownModelError` with the names there are."
-        if name in self.models: return find_model(self.models[name])
+        if name in self.models: return replace(find_model(self.models[name]), name=name)   # a client sees no path
         if name not in self.names(): raise UnknownModelError(f"unknown model {choices(name, self.names())}")
         return find_model(load_run(name).folder)
 
