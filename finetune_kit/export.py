@@ -187,6 +187,7 @@ def check_gguf(
     odd = [f"rope_type={cfg.rope_parameters['rope_type']!r}"] if cfg.rope_parameters.get("rope_type", "default") != "default" else []
     odd += [f"hidden_act={cfg.hidden_act!r}"] if cfg.hidden_act not in ("silu", "swish") else []
     odd += ["sliding-window attention"] if getattr(cfg, "sliding_window", None) and (cfg.model_type == "mistral" or "sliding_attention" in (getattr(cfg, "layer_types", None) or [])) else []
+    odd += [f"head_dim={cfg.head_dim}, where transformers' reader takes 128"] if cfg.model_type == "qwen3" and cfg.head_dim != 128 else []
     if odd: raise UnsupportedModelError(f"GGUF with {', '.join(odd)}: this writer does not know it; give llama.cpp's folder (llama_cpp=…, --llama-cpp)")
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     if spec["model"]["type"] != "BPE": raise UnsupportedModelError(f"GGUF with a {spec['model']['type']} tokenizer: BPE is known, byte-level or SentencePiece; give llama.cpp's folder (llama_cpp=…, --llama-cpp)")
