@@ -1,0 +1,142 @@
+"A model taken elsewhere is the same model: whole and cut, the embedded base and real weights; and the way to the Hub, over a network that fails."
+import base64, json, os, threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from conftest import ROOT
+
+SPECS = [None, 1]
+
+
+def models():
+    "Yields what the tests go over: name, folder."
+    from conftest import REAL
+    yield "tiny-base", ROOT/"data/tiny-base"
+    if (REAL/"stories260K").is_dir(): yield "stories260K", REAL/"stories260K"
+
+
+def prepared(folder, spec):
+    from finetune_kit.model import load_model
+    from finetune_kit.surgery import apply_plan, drop
+    model, tok = load_model(folder, backend="transformers", device="cpu")
+    return apply_plan(model, drop(model, spec)).float(), tok
+
+
+def prompts(tok):
+    from finetune_kit.infer import prompt_ids
+    return [prompt_ids(tok, t) for t in ("Once upon a time, there was", "The otter lives in")]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("name, folder", models())
+def test_every_form_is_the_same_model(tmp_path, name, folder, spec):
+    from transformers import AutoModelForCausalLM
+    from finetune_kit.chat import end_ids
+    from finetune_kit.export import check_parity, export_gguf, export_merged, parity, read_back, torch_logits
+    model, tok = prepared(folder, spec)
+    export_merged(model, tok, tmp_path/"merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path/"merged")
+    gguf = read_back(model, export_gguf(model, tok, tmp_path/"m.gguf"))
+    table = check_parity(parity(dict(model=torch_logits(model), merged=torch_logits(merged), gguf=torch_logits(gguf)), prompts(tok), 10, end_ids(tok)))
+    assert table.difference[1] == 0 and table.tokens[0] > 4
+
+
+def test_sentencepiece_in_gguf(tmp_path, real):
+    "The tokenizer that transformers builds from the file splits text as the original does."
+    import gguf
+    from transformers import AutoTokenizer
+    from finetune_kit.export import export_gguf
+    model, tok = prepared(real/"stories260K", None)
+    file = export_gguf(model, tok, tmp_path/"stories.gguf")
+    again = AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
+    stories = json.loads((real/"tinystories_clean.json").read_text())[:20]
+    for s in stories: assert again(s, add_special_tokens=False).input_ids == tok(s, add_special_tokens=False).input_ids
+    fields = {k: f.contents() for k, f in gguf.GGUFReader(file).fields.items()}
+    assert fields["tokenizer.ggml.model"] == "llama" and fields["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6] and fields["tokenizer.ggml.add_bos_token"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, folder", models())
+def test_onnx_is_the_same_model(tmp_path, name, folder):
+    pytest.importorskip("onnxscript")
+    from finetune_kit.chat import end_ids
+    from finetune_kit.export import check_parity, export_onnx, onnx_logits, parity, torch_logits
+    model, tok = prepared(folder, "2-10" if name == "tiny-base" else "2-3")      # few layers: tracing takes its time
+    check_parity(parity(dict(model=torch_logits(model), onnx=onnx_logits(export_onnx(model, tmp_path/"m.onnx"))), prompts(tok), 10, end_ids(tok)))
+
+
+class Hub(BaseHTTPRequestHandler):
+    "As much of the Hub as one commit needs; the commit itself fails twice."
+    failures, files, tokens = 0, {}, set()
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            while (n := int(self.rfile.readline(), 16)):
+                body += self.rfile.read(n)
+                self.rfile.readline()
+            self.rfile.readline()
+        Hub.tokens.add(self.headers.get("Authorization"))
+        url = f"http://127.0.0.1:{self.server.server_address[1]}/me/cut"
+        if self.path.startswith("/api/repos/create"): return self.answer(200, dict(url=url))
+        if "/preupload/" in self.path: return self.answer(200, dict(files=[dict(path=f["path"], uploadMode="regular", shouldIgnore=False) for f in json.loads(body)["files"]]))
+        if "/commit/" not in self.path: return self.answer(200, dict(errors=[], warnings=[]))
+        if Hub.failures < 2:
+            Hub.failures += 1
+            return self.answer(503, dict(error="overloaded"))
+        Hub.files = {o["value"]["path"]: base64.b64decode(o["value"]["content"]) for o in map(json.loads, body.splitlines()) if o["key"] == "file"}
+        self.answer(200, dict(commitUrl=f"{url}/commit/1", commitOid="1", success=True))
+
+    def answer(self, status, value):
+        text = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *args): "Quiet."
+
+
+def test_upload_over_a_network_that_fails(tmp_path, monkeypatch, caplog):
+    from finetune_kit.core import FineTuneError
+    from finetune_kit.export import upload
+    (tmp_path/"m").mkdir()
+    (tmp_path/"m"/"config.json").write_text('{"a": 1}')
+    (tmp_path/"m"/".env").write_text("HF_TOKEN=leak")
+    (tmp_path/"m"/"notes.py").write_text("x")
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
+    dry = upload(tmp_path/"m", "me/cut", "# card", endpoint=endpoint)
+    assert dry["url"] is None and set(dry["files"]) == {"config.json", "README.md"} and set(dry["left_out"]) == {".env", "notes.py"} and not Hub.tokens
+    done = upload(tmp_path/"m", "me/cut", "# card", dry_run=False, endpoint=endpoint, wait=.05)
+    assert Hub.failures == 2 and Hub.files == {"config.json": b'{"a": 1}', "README.md": b"# card"} and done["url"].endswith("/commit/1")
+    assert Hub.tokens == {"Bearer hf_verysecret"}
+    Hub.failures = -99
+    with pytest.raises(FineTuneError) as e: upload(tmp_path/"m", "me/cut", "# card", dry_run=False, endpoint=endpoint, tries=2, wait=.05)
+    server.shutdown()
+    assert "503" in str(e.value) and "verysecret" not in str(e.value) + caplog.text and e.value.__suppress_context__
+
+
+def test_env_file_is_read(tmp_path, monkeypatch):
+    from finetune_kit.export import secret
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/".env").write_text("HF_TOKEN=from_file\n")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert secret("HF_TOKEN") == "from_file" and "HF_TOKEN" not in os.environ
+    monkeypatch.setenv("HF_TOKEN", "from_environment")
+    assert secret("HF_TOKEN") == "from_environment"
+
+
+@pytest.mark.slow
+def test_parity_run(tmp_path):
+    from conftest import p, papermill
+    done = papermill(tmp_path/"o.ipynb", tmp_path/"runs", *p(onnx=False, prompts=3), notebook="nbs/parity.ipynb")
+    assert done.returncode == 0, done.stderr[-3000:]
+    r = json.loads(next((tmp_path/"runs").glob("parity-*/run.json")).read_text())
+    assert r["status"] == "done" and set(r["metrics"]["parity"]) == {"model", "merged", "gguf", "served"}
+    assert all(m["agree"] == m["tokens"] > 5 for m in r["metrics"]["parity"].values())
+    bad = papermill(tmp_path/"o.ipynb", tmp_path/"runs", *p(onnx=False, prompts=2, tolerance=1e-12), notebook="nbs/parity.ipynb")
+    assert bad.returncode != 0 and "parted" in bad.stderr + bad.stdout
