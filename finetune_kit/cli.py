@@ -148,7 +148,7 @@ def sweep(
     jobs:Annotated[int, typer.Option("--jobs", "-j", help="Runs at a time; 0: as many as this machine takes")]=1,
     retry:Annotated[bool, typer.Option("--retry", help="Run again what failed before")]=False,
     dry_run:Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and how long it would take")]=False,
-    cold:Annotated[bool, typer.Option("--cold", help="Start each kernel anew instead of forking it from a warm process")]=False,
+    warm:Annotated[bool, typer.Option("--warm", help="Fork kernels from a process that has imported what is heavy, instead of starting each anew; saves the imports, not with CUDA")]=False,
     only:Annotated[Optional[int], typer.Option(metavar="N", help="Only the run of this number, from 0")]=None,
     slurm:Annotated[bool, typer.Option("--slurm", help="Send the runs to a Slurm cluster, with what the file says under slurm")]=False,
     slurm_script:Annotated[Optional[Path], typer.Option("--slurm-script", metavar="FILE", help="Only write the array script that sbatch would take")]=None,
@@ -160,7 +160,7 @@ def sweep(
         write_atomic(slurm_script, runs.slurm_script(spec, resolve_path(file), len(runs.plan_sweep(spec))))
         print(f"sbatch {slurm_script}")
         return
-    table = runs.sweep(file, jobs, retry or None, dry_run, not cold, only, slurm or None, show=lambda line: print(line, flush=True))
+    table = runs.sweep(file, jobs, retry or None, dry_run, warm, only, slurm or None, show=lambda line: print(line, flush=True))
     if not dry_run and (bad := table.status.isin(["failed", "stopped", "damaged"])).any(): raise FineTuneError(f"{bad.sum()} of {len(table)} runs did not succeed; the index page says why")
 
 @app.command()

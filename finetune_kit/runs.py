@@ -520,7 +520,7 @@ def sweep(
     jobs:int=1, # Runs at a time; 0: as many as this machine takes
     retry:bool|None=None, # Run again what failed before; None: as the file says
     dry_run:bool=False, # Only say what would be done
-    warm:bool|list=True, # Fork kernels from a process that has imported what is heavy, or these modules; never with CUDA
+    warm:bool|list=False, # Fork kernels from a process that has imported what is heavy, or these modules; never with CUDA
     only:int|None=None, # Only the run of this number, from 0
     slurm:bool|dict|None=None, # Send it to a cluster: submitit's parameters beside the file's; `cluster="local"` tries it here
     show=print, # Where a line a run goes
