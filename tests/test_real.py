@@ -50,7 +50,7 @@ def test_gsm8k_three_ways(real):
         assert [re.search(dict(math=r"(.*)", reasoning=r"#### (.*)$", assistant=r"The answer is (.*)\.$")[variant], a)[1] for a in answers] == truth
 
 
-@pytest.mark.parametrize("data, max_rows", [("tinystories_clean.json", 300), ("gsm8k/train.jsonl", 300)])
+@pytest.mark.parametrize("data, max_rows", [pytest.param("tinystories_clean.json", 300, marks=pytest.mark.slow), ("gsm8k/train.jsonl", 300)])
 def test_train_on_real_weights_and_text(real, data, max_rows, tmp_path):
     done = papermill(tmp_path/"o.ipynb", tmp_path/"runs", *p(model=real/"stories260K", data=real/data, drop_layer=2, max_steps=25, batch_size=4, max_rows=max_rows, eval_items=16, eval_every=0))
     assert done.returncode == 0, done.stderr[-3000:]

@@ -43,6 +43,7 @@ def toy(tmp_path, monkeypatch):
 def outcome(table): return table.drop(columns="error").to_dict("records")
 
 
+@pytest.mark.slow
 def test_a_sweep_skips_what_is_done_and_outlives_what_fails(toy, tmp_path, monkeypatch):
     spec, lines = toy(grid=dict(drop_layer=[1, 3, 4])), []
     dry = runs.sweep(spec, dry_run=True, show=lines.append)
@@ -101,6 +102,7 @@ def wait_for(what, seconds=600):
         time.sleep(.05)
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_nothing_running_and_loses_nothing(toy, tmp_path):
     spec = toy(fixed=dict(warmup_steps=30), grid=dict(seed=[0, 1, 2]))
     process = in_a_process(spec, jobs=2)
@@ -131,6 +133,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_table(toy, tmp_path, mon
     assert outcome(runs.sweep(spec, jobs=2, warm=LIGHT)) == whole and {r["status"] for r in whole} == {"done"}
 
 
+@pytest.mark.slow
 def test_submitit_runs_the_same_sweep(toy):
     "On submitit's local executor; the run's own record says how it went."
     lines = []
