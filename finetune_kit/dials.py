@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RunConfig', 'plan_of', 'check_config', 'StudyConfig', 'HealConfig', 'check_study', 'EvaluateConfig', 'CompareConfig',
-           'read_dials']
+           'SpeedConfig', 'read_dials']
 
 # %% ../nbs/13_dials.ipynb #13d1a003
 import ast
@@ -139,6 +139,18 @@ class CompareConfig(StrictConfig):
     runs:str|list[str] = "all"                                         # Which: "all" that are done, or ids; the first is what the others are compared with
     state:str|None = None                                              # Of which state of the model: "base", "cut", "healed", "control"; None: the healed one, or what comes nearest
     examples:Annotated[int, Field(ge=0)] = 5                           # Wins and losses to show, of each pair
+
+class SpeedConfig(StrictConfig):
+    "Everything that decides about a measurement of what saves memory and what costs time."
+    model:str|None = None                                              # Folder or hub id; None: a random Llama of the two next sizes
+    hidden:Annotated[int, Field(ge=64, multiple_of=64)] = 256          # Its hidden size
+    layers:Annotated[int, Field(ge=1)] = 6                             # Its depth
+    lora_r:Annotated[int, Field(ge=1)] = 16                            # Rank
+    rows:Annotated[int, Field(ge=1)] = 8                               # Rows a step
+    length:Annotated[int, Field(ge=8)] = 64                            # Tokens a row
+    steps:Annotated[int, Field(ge=3)] = 5                              # Steps a training; the first one is not timed
+    rounds:Annotated[int, Field(ge=1)] = 3                             # Trainings of each kind, in turn; of each step the fastest counts
+    seed:Annotated[int, Field(ge=0)] = 0                               # Of weights and tokens
 
 # %% ../nbs/13_dials.ipynb #deb78b28
 def _injected(cells):

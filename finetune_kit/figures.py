@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATES', 'STATE_WORDS', 'SERIES', 'MARKS', 'set_style', 'plot_losses', 'plot_states', 'plot_domains', 'plot_lengths',
-           'plot_importance', 'plot_parts', 'plot_blocks', 'plot_truncations', 'plot_tasks', 'plot_agreement',
-           'plot_prediction', 'plot_sweep']
+           'plot_techniques', 'plot_importance', 'plot_parts', 'plot_blocks', 'plot_truncations', 'plot_tasks',
+           'plot_agreement', 'plot_prediction', 'plot_sweep']
 
 # %% ../nbs/11_figures.ipynb #55a6230b
 import numpy as np, pandas as pd
@@ -82,6 +82,25 @@ def plot_lengths(
     sns.histplot(lengths, x="tokens", hue="split", stat="percent", common_norm=False, element="step", fill=False, bins=min(40, lengths.tokens.nunique()+1), ax=ax)
     if max_length and max_length <= 1.5*lengths.tokens.max(): ax.axvline(max_length, color="#d1242f", lw=1, ls="--")
     ax.set(xlabel="tokens a row", ylabel="% of the split")
+    return fig
+
+# %% ../nbs/11_figures.ipynb #11c20002
+def plot_techniques(
+    table:pd.DataFrame, # `technique`, and for each of `panels` its measured and its claimed value, in percent of what it is compared with; NaN: nothing was claimed
+    panels:dict[str,tuple[str,str]], # Label → (measured column, claimed column)
+): # matplotlib figure
+    "For each technique a dot at what was measured and a ring at what was claimed."
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, len(panels), figsize=(4.4*len(panels), .62*len(table)+1.3), sharey=True, squeeze=False)
+    places = range(len(table))[::-1]
+    for ax, (label, (measured, claimed)) in zip(axes[0], panels.items()):
+        ax.axvline(0, color="#1f2328", lw=.8)
+        ax.hlines(places, table[claimed].fillna(table[measured]), table[measured], color="#9aa0a6", lw=1.2, zorder=1)
+        ax.scatter(table[claimed], places, s=64, facecolors="white", edgecolors=STATES["cut"], linewidths=1.8, label="claimed", zorder=2)
+        ax.scatter(table[measured], places, s=52, color=STATES["healed"], label="measured", zorder=3)
+        ax.set(xlabel=label, yticks=places, yticklabels=table.technique, ylim=(-.6, len(table)-.4))
+        ax.margins(x=.12)
+    axes[0][0].legend(loc="lower center", bbox_to_anchor=(.5, 1.), ncols=2)
     return fig
 
 # %% ../nbs/11_figures.ipynb #f21b0480
