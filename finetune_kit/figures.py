@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATES', 'STATE_WORDS', 'SERIES', 'MARKS', 'set_style', 'plot_losses', 'plot_states', 'plot_domains', 'plot_lengths',
            'plot_techniques', 'plot_importance', 'plot_parts', 'plot_blocks', 'plot_truncations', 'plot_tasks',
-           'plot_agreement', 'plot_prediction', 'plot_sweep']
+           'plot_agreement', 'plot_prediction', 'plot_sweep', 'walk_cells', 'plot_walk']
 
 # %% ../nbs/11_figures.ipynb #55a6230b
 import numpy as np, pandas as pd
@@ -251,4 +251,43 @@ def plot_sweep(
     ax.grid(color="#e6e8eb"); ax.set_axisbelow(True)
     for side in ("top", "right"): ax.spines[side].set_visible(False)
     ax.legend(ncols=4, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
+    return fig
+
+# %% ../nbs/11_figures.ipynb #f3a00002
+def walk_cells(
+    cuts:list, # As for `walk.layer_calls`
+    depth:int, # Layers of the model
+)->np.ndarray: # (1 + cuts, depth), the whole model first: 2 called for this row, 1 done for a row above, 0 not needed
+    "Who makes which layer call, and who has it for nothing."
+    from finetune_kit.walk import _tree, cut_edits
+    rows = [(), *(cut_edits(c, depth) for c in cuts)]
+    cells = np.zeros((len(rows), depth), int)
+    for layer, _, todo in _tree(rows, depth):
+        for gone, part in todo:
+            mine = [n for n, cut in enumerate(rows) if tuple(e for e in cut if e[0] < layer) == gone and dict(cut).get(layer) == part]
+            if part != "layer": cells[mine, layer] = [2] + [1]*(len(mine)-1)
+    return cells
+
+def plot_walk(
+    depth:int=8, # Layers of the model
+): # matplotlib figure
+    "Every layer taken out in turn by the loop over cuts and by one walk, and the model ended at every depth."
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import ListedColormap
+    from matplotlib.lines import Line2D
+    from finetune_kit.surgery import drop, prune_after
+    ones, ends = [drop(depth, i) for i in range(depth)], [prune_after(depth, n) for n in range(1, depth)]
+    shared, without, after = walk_cells(ones, depth), [f"without {i}" for i in range(depth)], [f"after {n}" for n in range(1, depth)]
+    panels = [("Drop-one, a pass for each cut", 2*np.sign(shared), without), ("Drop-one, one walk", shared, without), ("Truncations, one walk", walk_cells(ends, depth), after)]
+    fig, axes = plt.subplots(1, 3, figsize=(12.5, 5), layout="constrained")
+    for ax, (title, cells, names) in zip(axes, panels):
+        ax.imshow(cells, cmap=ListedColormap(["white", "#bcd9ec", SERIES[0]]), vmin=0, vmax=2, aspect="auto")
+        ax.plot(*np.argwhere(cells == 0)[:, ::-1].T, "x", color=SERIES[1], ms=9, mew=2.5)
+        ax.hlines(np.arange(len(cells)+1)-.5, -.5, depth-.5, color="white", lw=3); ax.vlines(np.arange(depth+1)-.5, -.5, len(cells)-.5, color="white", lw=3)
+        ax.set_title(f"{title}\n{(cells == 2).sum()} layer calls", fontsize=13)
+        ax.set_xlabel("layer", fontsize=13)
+        ax.set(xticks=range(depth), yticks=range(len(cells)), yticklabels=["whole", *names])
+        ax.tick_params(length=0, labelsize=12); ax.grid(False); ax.spines[:].set_visible(False)
+    marks = [Line2D([], [], ls="", marker=m, ms=11, mew=2.5 if m == "x" else 0, color=c) for m, c in (("s", SERIES[0]), ("s", "#bcd9ec"), ("x", SERIES[1]))]
+    fig.legend(marks, ["the layer is called", "its result is taken from a row above", "the layer is out"], loc="outside lower center", ncols=3, frameon=False, fontsize=13)
     return fig

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Recorder', 'settings_html', 'report_html', 'save_report', 'Progress', 'states_html', 'answers_html', 'recovered',
-           'verdict']
+           'verdict', 'SitePage']
 
 # %% ../nbs/12_report.ipynb #113d4507
-import base64, html, sys, time
+import base64, copy, html, re, sys, time
+from configparser import ConfigParser
 from pathlib import Path
 
 import nbformat
@@ -261,3 +262,23 @@ def verdict(
             sure = "more than its interval" if (g["lo"] > 0 or g["hi"] < 0) else "<b>not</b> more than its interval"
             text += f"Healed against cut, {'NLL' if name == 'nll' else name.replace('_', ' ')}: {_range(g)}, {sure}. "
     return f'<div class="verdict">{text}<br><small>95% bootstrap intervals over items; {html.escape(conditions)}</small></div>'
+
+# %% ../nbs/12_report.ipynb #12d0c002
+class SitePage:
+    "Named under `procs` in settings.ini, so that nbdev makes one for each notebook before anything else is done to it."
+    def __init__(self,
+        nb, # As from `execnb.nbio.read_nb`; edited in place
+    ):
+        at, title = next((i, c) for i, c in enumerate(nb.cells) if c.cell_type == "markdown")
+        head = re.match(r"(?:# .*\n?)?\n*(?:> .*\n?)*", title.source)[0]
+        below = title.source[len(head):].strip()
+        if any("parameters" in c.metadata.get("tags", []) for c in nb.cells): below = f"[Open in Colab]({self.colab(nb.path_)})\n\n{below}"
+        if not below: return
+        nb.cells.insert(at+1, rest := copy.deepcopy(title))
+        title.source, rest.source = head, below
+
+    def colab(self, path):
+        "Where Colab opens the repository's notebook."
+        ini = ConfigParser(delimiters=["="])
+        ini.read(ROOT/"settings.ini")
+        return f"{ini['DEFAULT']['git_url'].replace('github.com', 'colab.research.google.com/github')}/blob/{ini['DEFAULT']['branch']}/nbs/{Path(path).name}"

@@ -1,11 +1,9 @@
-"The project itself: imports, data, base model, docs configuration, and the report in a real browser."
+"The project itself: imports, data, base model, and the report in a real browser."
 import json, re, shutil, subprocess, sys
 from pathlib import Path
 
-import nbformat, pytest, yaml
+import pytest
 from conftest import ROOT, p, papermill
-
-NOTEBOOKS = sorted(f.name for f in (ROOT/"nbs").glob("*.ipynb"))
 
 
 def loaded(statement):
@@ -24,14 +22,6 @@ def test_modules_import_lower_numbers_only():
         imported = re.findall(r"from (?:finetune_kit)?\.(\w+) import", (ROOT/"finetune_kit"/f"{module}.py").read_text())
         assert imported or n == 0
         for other in imported: assert number[other] < n, f"{module} imports {other}"
-
-
-def test_quarto_configuration():
-    top, site = (yaml.safe_load((ROOT/f).read_text()) for f in ("nbs/_quarto.yml", "_quarto.yml"))
-    assert top["metadata-files"] == ["../_quarto.yml"] and top["project"]["type"] == "website"
-    def pages(items): return [q for i in items for q in ([i] if isinstance(i, str) else pages(i["contents"]) if "contents" in i else [i["href"]])]
-    listed = pages(site["website"]["sidebar"]["contents"])
-    assert sorted(listed) == NOTEBOOKS, "the sidebar and nbs/ must list the same notebooks"
 
 
 def test_readme_is_the_index():
