@@ -188,7 +188,7 @@ class SweepSpec(StrictConfig):
         return left
 
     @property
-    def varied(self)->list[str]: # Names, in the order of the file
+    def varied(self): # Names, in the order of the file
         "The parameters that are not the same in all runs."
         return [*dict.fromkeys([*self.grid, *self.zip, *(k for one in self.list for k in one)])]
 

@@ -34,7 +34,7 @@ def test_what_yields_data_yields_json():
 def registry(tmp_path, monkeypatch):
     "Two runs, of which one was evaluated and timed on other data, by a third."
     monkeypatch.setenv("FINETUNE_KIT_RUNS", str(tmp_path))
-    def write(id, name="run.json", **info):
+    def write(id, name="run.json", /, **info):
         (tmp_path/id).mkdir(exist_ok=True)
         (tmp_path/id/name).write_text(json.dumps(info))
     for id in ("train-drop7-aa", "train-drop8-bb"): write(id, id=id, status="done", experiment="train", started=1., metrics=dict(healed=STATE))
