@@ -7,8 +7,9 @@ __all__ = ['ROOT', 'log', 'FineTuneError', 'ConfigurationError', 'InvalidConfigE
            'IncompatibleConfigError', 'ModelError', 'ModelLoadError', 'ModelNotFoundError', 'UnsupportedModelError',
            'DatasetError', 'DatasetLoadError', 'NoTextColumnsError', 'EmptyDatasetError', 'MaskError', 'TrainingError',
            'OutOfMemoryError', 'NaNLossError', 'CheckpointError', 'EvaluationError', 'MetricComputationError',
-           'find_root', 'resolve_path', 'write_atomic', 'digest', 'seed_everything', 'detect_device', 'choices',
-           'Registry', 'parse_layers', 'load_config', 'setup_logging', 'timed']
+           'find_root', 'resolve_path', 'runs_folder', 'write_atomic', 'digest', 'seed_everything', 'detect_device',
+           'choices', 'Registry', 'parse_layers', 'load_config', 'log_fields', 'log_to', 'stop_log', 'setup_logging',
+           'timed']
 
 # %% ../nbs/00_core.ipynb #e2f237bb
 import contextlib, difflib, hashlib, importlib.util, json, logging, operator, os, random, re, time
@@ -64,6 +65,11 @@ def resolve_path(
     path = Path(path).expanduser()
     here = Path.cwd()/path
     return here.resolve() if here.exists() or not (ROOT/path).exists() else (ROOT/path).resolve()
+
+# %% ../nbs/00_core.ipynb #c0000001
+def runs_folder()->Path: # `experiments/runs` of the project, or $FINETUNE_KIT_RUNS
+    "Where runs are kept."
+    return Path(os.environ.get("FINETUNE_KIT_RUNS") or ROOT/"experiments/runs")
 
 # %% ../nbs/00_core.ipynb #8004e1c2
 def write_atomic(
@@ -195,30 +201,63 @@ def load_config(
 # %% ../nbs/00_core.ipynb #fe241430
 log = logging.getLogger("finetune_kit")
 
+def log_fields(
+    **values, # What a line is about, as JSON: run="train-drop7", seconds=1.5
+)->dict: # For `extra` of the logger's methods
+    "What a line in a log file says beside its message."
+    return dict(fields=values)
+
+def log_to(
+    path:str|Path, # File to add lines to; its folder is made
+)->logging.Handler: # To be taken off again by `stop_log`
+    "Write the kit's logs from INFO up to a file, one JSON object a line: `time`, `level`, `message`, and its fields. Warnings go on to be shown where they were."
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.format = lambda r: json.dumps(dict(time=round(r.created, 3), level=r.levelname, message=r.getMessage()) | getattr(r, "fields", {}), ensure_ascii=False, default=str)
+    if not log.handlers: log.addHandler(logging.lastResort)
+    log.addHandler(handler)
+    if log.level == logging.NOTSET: log.setLevel("INFO")
+    return handler
+
+def stop_log(
+    handler:logging.Handler|None, # As from `log_to`
+):
+    "Close a log file."
+    if not handler: return
+    log.removeHandler(handler)
+    handler.close()
+
+_console, _file = None, None    # What `setup_logging` set
+
 def setup_logging(
-    level:str="INFO", # Least level to show
-    file:str|Path=None, # Also write to this file, one JSON object a line
+    level:str="INFO", # Least level to show: "DEBUG", "INFO", "WARNING", "ERROR"
+    file:str|Path|None=None, # Also write to this file, one JSON object a line
 )->logging.Logger: # The kit's logger
-    "Coloured logs on the console, structured ones in `file`. Calling it again replaces what it set before."
+    "Coloured logs on stderr, structured ones in `file`. Calling it again replaces what it set before. `InvalidConfigError` for an unknown level."
+    global _console, _file
+    from rich.console import Console
     from rich.logging import RichHandler
-    for h in log.handlers[:]: log.removeHandler(h); h.close()
-    log.setLevel(level)
-    log.addHandler(RichHandler(show_path=False, markup=False))
-    if file:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        log.addHandler(handler := logging.FileHandler(file, encoding="utf-8"))
-        handler.format = lambda r: json.dumps(dict(time=round(r.created, 3), level=r.levelname, message=r.getMessage(), seconds=getattr(r, "seconds", None)))
+    if level not in (known := ("DEBUG", "INFO", "WARNING", "ERROR")): raise InvalidConfigError(f"log level {choices(level, known)}")
+    for h in (_console, logging.lastResort): log.removeHandler(h)
+    stop_log(_file)
+    log.setLevel("DEBUG" if level == "DEBUG" else "INFO")
+    _console = RichHandler(level, Console(stderr=True), show_path=False, markup=False)
+    log.addHandler(_console)
+    _file = log_to(file) if file else None
     return log
 
 @contextlib.contextmanager
 def timed(
     what:str, # What is being done: "training"
+    **about, # What its lines in a file say besides, as for `log_fields`
 ):
     "Log the start, and the seconds that the block took; a block that raises is logged as failed."
     start = time.perf_counter()
-    log.debug("%s ...", what)
+    log.debug("%s ...", what, extra=log_fields(**about))
     try: yield
     except BaseException as e:
-        log.error("%s failed after %.1f s: %s", what, time.perf_counter()-start, e, extra=dict(seconds=time.perf_counter()-start))
+        spent = time.perf_counter() - start
+        log.error("%s failed after %.1f s: %s", what, spent, e, extra=log_fields(seconds=round(spent, 3), **about))
         raise
-    log.info("%s: %.1f s", what, time.perf_counter()-start, extra=dict(seconds=time.perf_counter()-start))
+    spent = time.perf_counter() - start
+    log.info("%s: %.1f s", what, spent, extra=log_fields(seconds=round(spent, 3), **about))

@@ -90,7 +90,8 @@ class StudyConfig(StrictConfig):
     seed:Annotated[int, Field(ge=0)] = 0                               # Of the bootstrap and the order of runs
 
     @property
-    def others(self)->list[str]: # The precisions to compare with
+    def others(self)->list[str]: # "bfloat16", "4bit", …
+        "The precisions to compare with."
         return [p.strip() for p in self.precisions.split(",") if p.strip()]
 
 class HealConfig(RunConfig):
@@ -127,11 +128,13 @@ class EvaluateConfig(StrictConfig):
     batch_size:Annotated[int, Field(ge=1)] = 32                        # Rows at a time
     max_new_tokens:Annotated[int, Field(ge=1)] = 40                    # Longest generated answer, in tokens
     max_length:Annotated[int, Field(ge=8)] = 512                       # Longest row, in tokens
+    speed:Annotated[int, Field(ge=0)] = 0                              # Prompts to time base and tuned model on, in turns; 0: none
     quant:Literal["4bit", "8bit"]|None = None                          # How to quantise the models
     backend:Literal["auto", "unsloth", "transformers"] = "auto"        # Who loads them
 
     @property
-    def names(self)->tuple: # The metrics
+    def names(self)->tuple: # "exact_match", …
+        "The metrics, one by one."
         return tuple(n.strip() for n in self.metrics.split(",") if n.strip())
 
 class CompareConfig(StrictConfig):

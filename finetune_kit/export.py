@@ -39,7 +39,8 @@ class Source:
     domains:tuple[str,...]=() # Domains whose marks the training put before questions; empty: none
 
     @property
-    def quant(self)->str|None: # How the base was quantised in training, None where it was not
+    def quant(self)->str|None: # "4bit", "8bit", or None where it was not
+        "How the base was quantised in training."
         return self.info.get("config", {}).get("quant")
 
     def check_domain(self,
@@ -70,9 +71,7 @@ def find_model(
     if is_hub_id(str(name)): return Source(str(name), str(name), str(name), drop(model_config(name), None))
     return _run_source(str(name))
 
-def _runs():
-    from finetune_kit.record import runs_folder
-    return runs_folder().resolve()
+def _runs(): return runs_folder().resolve()
 
 def _folder_source(name, path):
     if not (path/"adapter_config.json").exists(): return Source(str(name), path, str(path), drop(model_config(path), None))

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['metrics', 'perplexity', 'AnswerMetric', 'metric', 'normalize', 'exact_match', 'token_f1', 'bleu', 'rouge_l',
            'final_number', 'numeric_match', 'scores', 'bootstrap', 'Perplexity', 'windows', 'evaluate_model',
-           'summarize', 'difference']
+           'summarize', 'difference', 'peak_mib', 'time_answers', 'speed_of', 'speedup']
 
 # %% ../nbs/06_metrics.ipynb #26f7c080
-import math, re, string
+import math, re, string, threading, time
 from collections import Counter
 from fractions import Fraction
 
@@ -16,7 +16,7 @@ import numpy as np, pandas as pd
 
 from .core import *
 from .chat import batches
-from .infer import generate
+from .infer import Request, complete, generate, prompt_ids
 from .model import quiet
 
 with quiet(): import datasets, evaluate   # evaluate imports all of transformers, which is not quiet
@@ -232,3 +232,75 @@ def difference(
     if list(a.id) != list(b.id): raise MetricComputationError("the two evaluations are of different items, so they cannot be paired; evaluate both on the same rows")
     gap = a[name] - b[name]
     return bootstrap(gap, a.n_tokens) if name == "nll" else bootstrap(gap.dropna())
+
+# %% ../nbs/06_metrics.ipynb #6d500002
+class _Clocked(Request):
+    "A request that notes when its tokens come."
+    def __post_init__(self):
+        super().__post_init__()
+        self.came = []
+
+    def take(self, token, tokenizer, ends):
+        self.came.append(time.perf_counter())
+        return super().take(token, tokenizer, ends)
+
+def peak_mib(
+    model, # On a CPU or a CUDA device
+    f, # Called once
+)->float: # MiB
+    """The weights, and the most that was held beside them while `f` ran: on a GPU by torch's counter; on a CPU by the growth of the process,
+    looked at every few milliseconds, where memory that was freed before and is used again does not show."""
+    import psutil, torch
+    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+        before = torch.cuda.memory_allocated(model.device)
+        f()
+        return (weights + torch.cuda.max_memory_allocated(model.device) - before) / 2**20
+    process, done = psutil.Process(), threading.Event()
+    seen = [process.memory_info().rss]
+    def look():
+        while not done.wait(.003): seen.append(process.memory_info().rss)
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    try: f()
+    finally: done.set(); watcher.join()
+    return (weights + max(seen) - seen[0]) / 2**20
+
+def time_answers(
+    models:dict[str,tuple], # Name → (model in eval mode, its tokenizer)
+    prompts:list, # As for `generate`
+    template:str|None=None, # As for `render`
+    max_new_tokens:int=64, # Longest answer, in tokens
+    progress=None, # Called with the number of prompts done
+)->pd.DataFrame: # A row a prompt and model: `prompt` (its place), `model`, `n_tokens`, `first_s` and `seconds` (until the first and the last token), `peak_mib` (of the model, on the longest prompt)
+    "Time the models' greedy answers. `InvalidConfigError` for no prompt, or one that leaves no room."
+    if not prompts: raise InvalidConfigError("no prompt to time; give one or more")
+    rows, ids = [], {name: [prompt_ids(tokenizer, p, template) for p in prompts] for name, (_, tokenizer) in models.items()}
+    peak = {name: peak_mib(model, lambda: complete(model, tokenizer, [Request(max(ids[name], key=len), max_new_tokens)])) for name, (model, tokenizer) in models.items()}   # this also warms up
+    for n in range(len(prompts)):
+        for name, (model, tokenizer) in models.items():
+            request, start = _Clocked(ids[name][n], max_new_tokens), time.perf_counter()
+            complete(model, tokenizer, [request])
+            rows.append(dict(prompt=n, model=name, n_tokens=len(request.came), first_s=request.came[0]-start, seconds=request.came[-1]-start, peak_mib=peak[name]))
+        if progress: progress(n+1)
+    return pd.DataFrame(rows)
+
+def speed_of(
+    times:pd.DataFrame, # As from `time_answers`, of one model
+)->dict: # `tokens_per_s`, medians `first_s` and `answer_s`, `answer_s_p95`, `answer_tokens` (mean), `peak_mib`, `n_timed`; `intervals`: [lo, hi] of `tokens_per_s`
+    "How fast a model answers one prompt at a time."
+    rate = bootstrap(times.n_tokens, times.seconds)
+    return dict(tokens_per_s=rate["mean"], first_s=float(times.first_s.median()), answer_s=float(times.seconds.median()), answer_s_p95=float(times.seconds.quantile(.95)), answer_tokens=float(times.n_tokens.mean()),
+                peak_mib=float(times.peak_mib.max()), n_timed=len(times), intervals=dict(tokens_per_s=[rate["lo"], rate["hi"]]))
+
+def speedup(
+    a:pd.DataFrame, b:pd.DataFrame, # Two models' times on the same prompts, as from `time_answers`
+    n:int=2000, # Resamples
+    seed:int=0, # Of the resampling
+)->dict: # `mean` (tokens a second of `a` over those of `b`), `lo`, `hi`
+    "How many times as fast `a` is, with the 95% bootstrap interval over the prompts."
+    draws = np.random.default_rng(seed).multinomial(len(a), np.full(len(a), 1/len(a)), size=n)
+    def ratio(w): return (w @ a.n_tokens.to_numpy())*(w @ b.seconds.to_numpy()) / ((w @ a.seconds.to_numpy())*(w @ b.n_tokens.to_numpy()))
+    lo, hi = np.percentile(ratio(draws), [2.5, 97.5])
+    return dict(mean=float(ratio(np.ones(len(a)))), lo=float(lo), hi=float(hi))

@@ -26,7 +26,7 @@ class Recorder:
         source:Path|None=None, # The notebook that is running; its markdown cells are taken into the report
         on_cell=None, # Called after each cell with the exception that it raised, or None
     ):
-        self.shell, self.on_cell, self.cells, self.shown = shell, on_cell, [], {}
+        self.shell, self.on_cell, self.cells, self.shown, self.began = shell, on_cell, [], {}, time.perf_counter()
         self.source = nbformat.read(source, 4).cells if source and Path(source).exists() else []
         known = {c.source.strip() for c in self.source}
         for code in shell.user_ns.get("In", [""])[1:]:   # what ran before: the notebook's own cells and papermill's, nothing else that a session may have held
@@ -45,7 +45,9 @@ class Recorder:
         self._hook(False)
 
     def _begin(self, code): self.cells.append(new_code_cell(code, execution_count=len(self.cells)+1))
-    def _pre(self, info): self._begin(info.raw_cell)
+    def _pre(self, info):
+        self._begin(info.raw_cell)
+        self.began = time.perf_counter()
 
     def _post(self, result):
         error = result.error_before_exec or result.error_in_exec

@@ -159,7 +159,8 @@ class Message(BaseModel):
     role:Literal["system", "user", "assistant"]
     content:str|list[Part]
 
-    def turn(self)->dict: # As the kit's `render` takes it
+    def turn(self)->dict: # `role`, `content`
+        "The message as `render` takes it."
         return dict(role=self.role, content=self.content if isinstance(self.content, str) else "".join(p.text for p in self.content))
 
 class StreamOptions(BaseModel):
@@ -186,6 +187,7 @@ class Ask(BaseModel):
 
     @property
     def options(self)->dict: # For `Request`
+        "How to draw, and where to stop."
         return dict(temperature=self.temperature or 0., top_p=1. if self.top_p is None else self.top_p, seed=self.seed, stop=self.stop or ())
 
 class ChatAsk(Ask):

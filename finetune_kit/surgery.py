@@ -33,7 +33,8 @@ class LayerPlan:
         if list(self.keep) != sorted(set(self.keep)): raise InvalidConfigError(f"keep {list(self.keep)}: each layer once, in rising order; a plan takes layers out, it does not move them")
 
     @property
-    def dropped(self)->list[int]: # Indices that go
+    def dropped(self)->list[int]: # Sorted, each in 0..n_layers-1
+        "The layers that go."
         return [i for i in range(self.n_layers) if i not in self.keep]
 
     @property
@@ -44,7 +45,8 @@ class LayerPlan:
         return [list(r) for r in zip(starts, ends)]
 
     @property
-    def whole(self)->bool: # Whether nothing goes
+    def whole(self)->bool:
+        "Whether nothing goes."
         return len(self.keep) == self.n_layers
 
     def __str__(self): return f"{len(self.keep)} of {self.n_layers} layers" + ("" if self.whole else f", without {', '.join(map(str, self.dropped))}")

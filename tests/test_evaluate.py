@@ -1,8 +1,9 @@
 "`evaluate` and `compare` over registered runs: what they write beside the runs, and what they refuse."
-import json
+import json, os, shutil, subprocess, sys
+from pathlib import Path
 
 import nbformat, pytest
-from conftest import p, papermill
+from conftest import ROOT, p, papermill
 
 pytestmark = pytest.mark.slow
 
@@ -73,3 +74,40 @@ def test_compare_pairs_the_items(made, tmp_path):
 def test_refused(notebook, parameters, message, made, tmp_path):
     done = papermill(tmp_path/"o.ipynb", made[0], *p(**parameters), notebook=f"nbs/{notebook}.ipynb")
     assert done.returncode != 0 and message in done.stderr
+
+
+def test_benchmark_measures_quality_and_speed(made):
+    folder, two = made
+    command = [sys.executable, "-c", "from finetune_kit.cli import main; main()", "benchmark", two[0].name, "--prompts", "3", "-p", "items", "8", "-p", "max_new_tokens", "8", "-p", "backend", "transformers", "--json"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | dict(FINETUNE_KIT_RUNS=str(folder)), capture_output=True, text=True, timeout=2400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    e = found["runs"][two[0].name]
+    base, tuned = e["speed"]["base"], e["speed"]["tuned"]
+    assert e["metrics"]["tuned"]["n_items"] == 8 and base["n_timed"] == tuned["n_timed"] == 3
+    for s in (base, tuned): assert 0 < s["first_s"] <= s["answer_s"] <= s["answer_s_p95"] and 1 <= s["answer_tokens"] <= 8 and s["peak_mib"] > 9
+    assert e["speedup"]["mean"] == pytest.approx(tuned["tokens_per_s"]/base["tokens_per_s"]) and e["speedup"]["lo"] <= e["speedup"]["mean"] <= e["speedup"]["hi"]
+    assert "tokens a second" in Path(found["report"]).read_text()
+
+
+def test_lab_and_papermill_give_the_same_report(made, tmp_path):
+    "Lab runs the cells in nbs/, the dials set by hand in the parameters cell; papermill runs them where it is called, with a cell of its own."
+    from nbclient import NotebookClient
+    folder, two = made
+    asked = ",".join(r.name for r in two)
+    done = papermill(tmp_path/"o.ipynb", folder, *p(runs=asked, examples=2), notebook="nbs/compare.ipynb")
+    assert done.returncode == 0, done.stderr[-3000:]
+    def outputs():
+        (run,) = [f for f in folder.glob("compare-*") if json.loads((f/"run.json").read_text())["config"]["examples"] == 2]
+        kept = [c for c in nbformat.read(run/"report.ipynb", 4).cells if c.cell_type == "markdown" or c.outputs]
+        return run, [c.source for c in kept], [[o.get("data") or o.get("text") for o in c.outputs] for c in kept if c.cell_type == "code"]
+    run, sources, first = outputs()
+    shutil.rmtree(run)
+    nb = nbformat.read(ROOT/"nbs/compare.ipynb", 4)
+    (cell,) = [c for c in nb.cells if "parameters" in c.metadata.get("tags", [])]
+    cell.source = cell.source.replace('runs = "all"  ', f'runs = "{asked}"').replace("examples = 5", "examples = 2")
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("FINETUNE_KIT_RUNS", str(folder))
+        NotebookClient(nb, timeout=2400, kernel_name="python3", resources=dict(metadata=dict(path=str(ROOT/"nbs")))).execute()
+    again, same, second = outputs()
+    assert (again, same) == (run, sources) and second == first

@@ -45,6 +45,14 @@ def test_metrics_jsonl_is_the_training_log(run):
     assert [o["step"] for o in lines] == list(range(1, 61)) and [o["step"] for o in lines if o.get("val_loss")] == [30, 60]
 
 
+def test_log_says_when_what_happened(run):
+    lines = [json.loads(o) for o in (run[1]/"log.jsonl").read_text().splitlines()]
+    assert f"{run[1].name} begins" in lines[0]["message"] and lines[-1]["message"] == f"{run[1].name} is done"
+    cells = [o for o in lines if o["message"].startswith("cell ")]
+    assert len(cells) >= 8 and all(o["seconds"] >= 0 and o["run"] == run[1].name for o in cells) and max(o["seconds"] for o in cells) > 1
+    assert [o["seconds"] for o in lines if o["message"].startswith("the control: ")] and not [o for o in lines if o["level"] == "ERROR"]
+
+
 def test_report_stands_alone_and_is_clean(run):
     d, folder = run
     page = (folder/"report.html").read_text()
