@@ -8,7 +8,7 @@ __all__ = ['metrics', 'perplexity', 'AnswerMetric', 'metric', 'normalize', 'exac
            'summarize', 'difference', 'peak_mib', 'time_answers', 'speed_of', 'speedup']
 
 # %% ../nbs/06_metrics.ipynb #26f7c080
-import math, re, string, threading, time
+import math, re, string, time
 from collections import Counter
 from fractions import Fraction
 
@@ -17,7 +17,7 @@ import numpy as np, pandas as pd
 from .core import *
 from .chat import batches
 from .infer import Request, complete, generate, prompt_ids
-from .model import quiet
+from .model import peak_memory, quiet
 
 with quiet(): import datasets, evaluate   # evaluate imports all of transformers, which is not quiet
 
@@ -245,27 +245,12 @@ class _Clocked(Request):
         return super().take(token, tokenizer, ends)
 
 def peak_mib(
-    model, # On a CPU or a CUDA device
+    model, # In eval mode
     f, # Called once
-)->float: # MiB
-    """The weights, and the most that was held beside them while `f` ran: on a GPU by torch's counter; on a CPU by the growth of the process,
-    looked at every few milliseconds, where memory that was freed before and is used again does not show."""
-    import psutil, torch
+)->float: # MiB; NaN where the device keeps no count
+    "The weights, and the most that was held beside them while `f` ran, as from `peak_memory`."
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(model.device)
-        before = torch.cuda.memory_allocated(model.device)
-        f()
-        return (weights + torch.cuda.max_memory_allocated(model.device) - before) / 2**20
-    process, done = psutil.Process(), threading.Event()
-    seen = [process.memory_info().rss]
-    def look():
-        while not done.wait(.003): seen.append(process.memory_info().rss)
-    watcher = threading.Thread(target=look, daemon=True)
-    watcher.start()
-    try: f()
-    finally: done.set(); watcher.join()
-    return (weights + max(seen) - seen[0]) / 2**20
+    return (weights + peak_memory(f, model.device.type)[1]) / 2**20
 
 def time_answers(
     models:dict[str,tuple], # Name → (model in eval mode, its tokenizer)
