@@ -10,6 +10,7 @@ ini = $(shell $(PYTHON) -c "from configparser import ConfigParser as C; c = C(de
 
 setup: .venv/.ready
 
+# rfc3987-syntax compiles a grammar whenever nbformat is imported, for addresses that no notebook has: it takes longer than papermill's other imports together, and jsonschema does without.
 # With a GPU the ordinary unsloth; without one its parts, since pip's resolver would pull CUDA packages (see CONTRIBUTING.md)
 .venv/.ready: settings.ini setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; PYTHON=$(PYTHON) is $$($(PYTHON) --version)"; exit 1; }
@@ -18,6 +19,7 @@ setup: .venv/.ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev$(if $(GPU),$(comma)gpu)]" $(if $(GPU),,$(call ini,cpu_requirements))
 	echo "[3/4] unsloth"
 	$(if $(GPU),:,$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(call ini,cpu_nodeps))
+	$(BIN)/pip uninstall --quiet --yes rfc3987-syntax
 	echo "[4/4] hooks that keep notebooks clean, in git and in JupyterLab"
 	if test -d .git; then HOME="$(CURDIR)/.venv" $(BIN)/nbdev_install_hooks >/dev/null; fi
 	touch $@
