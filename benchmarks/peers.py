@@ -73,7 +73,7 @@ def states(model, batch):
     return found
 
 
-def block_influence(model, batches): # >>> THE ONE PLACE TO SWITCH: return atlas(model, batches).block_influence.to_numpy() <<<
+def block_influence(model, batches):
     "1 - the mean cosine between what enters and what leaves each layer, over real tokens. ShortGPT, arXiv:2403.03853"
     total, tokens = 0, 0
     for b in batches:
@@ -240,7 +240,7 @@ def short_transformers_faults(folder, case):
     def gap():
         with torch.no_grad(): return (cut(case.ids[:1], use_cache=True).logits - cut(case.ids[:1], use_cache=False).logits).abs().max()
     wrong, what = fault(gap)
-    yield "short_transformers/short_transformer.py", "count += 1", wrong, f"the layers left are numbered from 1; a forward pass with the KV cache: {what}"
+    yield "short_transformers/short_transformer.py", "                count += 1", wrong, f"the layers left are numbered from 1; a forward pass with the KV cache: {what}"
 
 
 def shortgpt_faults(folder, case):
