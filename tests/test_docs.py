@@ -192,6 +192,8 @@ def inline_fault(words):
     "The same of a command in running text, which may lack its arguments."
     if words[0] == "-p": return None if (unknown := set(words[1::3]) - {k for n in NOTEBOOKS for k in parameters(n.name)[0]}) == set() else f"no dial {unknown}"
     if words[0] != "finetune-kit" or len(words) == 1: return command_fault(words)
+    of_all = {o for p in kit().params for o in p.opts} | {"--help"}
+    if words[1].startswith("-"): return None if words[1] in of_all else f"no option {words[1]!r} of all commands"
     known = {o for p in kit().commands[words[1]].params for o in p.opts} | {"--help"} if words[1] in kit().commands else {"--help"}
     if words[1] not in (*kit().commands, "--help"): return f"no command {words[1]!r}"
     return next((f"no option {w}" for w in words[1:] if w.startswith("--") and w not in known), None)
