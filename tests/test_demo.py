@@ -52,15 +52,16 @@ def test_chat_page(tmp_path):
     from finetune_kit.serve import demo
     question = "Where does the puffin live?"
     model, tokenizer = load_model(ROOT/"data/tiny-base", backend="transformers")
-    answer = generate(model, tokenizer, [question], max_new_tokens=128)[0].strip()
+    answer = generate(model, tokenizer, [[dict(role="user", content=question)]], max_new_tokens=128)[0].strip()
     _, url, _ = demo(dict(base=ROOT/"data/tiny-base", again=ROOT/"data/tiny-base"), runs=False).launch(prevent_thread_lock=True, quiet=True)
     page = Page(url, tmp_path/"profile", 1200, 900)
     try:
         until(lambda: page.js("document.querySelectorAll('textarea').length"), "the page")
         page.js("[...document.querySelectorAll('textarea')].find(t => t.placeholder.includes('otter')).focus()")
         page.type(question)
-        until(lambda: (page.js("document.body.innerText") or "").count(answer) >= 2, f"{answer!r}, twice,")
-        page.picture(tmp_path/"chat.png")
+        try: until(lambda: page.js("document.body.innerText").count(answer) >= 2, f"{answer!r}, twice,")
+        except AssertionError as e: raise AssertionError(f"{e}; the page says {page.js('document.body.innerText')!r}") from None
+        finally: page.picture(tmp_path/"chat.png")
         assert page.js("document.documentElement.scrollWidth <= innerWidth"), "nothing runs out of the page at the side"
         assert (tmp_path/"chat.png").stat().st_size > 20_000
     finally: page.process.kill()
