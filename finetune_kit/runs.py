@@ -478,8 +478,10 @@ def write_page(
     spec:SweepSpec, planned:list[Planned], # The sweep, and its runs
     note:str="", # As for `sweep_page`
 )->Path: # `sweep-<name>/index.html` under the runs' folder
-    "Write the sweep's page."
-    return write_atomic(runs_folder()/f"sweep-{spec.name}"/"index.html", sweep_page(spec, sweep_table(spec, planned), note))
+    "Write the sweep's page, and its table as `table.csv` beside it."
+    table, folder = sweep_table(spec, planned), runs_folder()/f"sweep-{spec.name}"
+    write_atomic(folder/"table.csv", table.to_csv(index=False))
+    return write_atomic(folder/"index.html", sweep_page(spec, table, note))
 
 # %% ../nbs/15_runs.ipynb #15f20002
 def _run_here(spec, left, jobs, warm, on_done):

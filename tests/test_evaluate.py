@@ -3,7 +3,7 @@ import json, os, shutil, subprocess, sys
 from pathlib import Path
 
 import nbformat, pytest
-from conftest import ROOT, p, papermill
+from conftest import ROOT, papermill
 
 pytestmark = pytest.mark.slow
 
@@ -39,10 +39,10 @@ def made(tmp_path_factory):
         return folder, make_runs(folder)
 
 
-def test_evaluate_writes_beside_the_runs(made, tmp_path, monkeypatch):
+def test_evaluate_writes_beside_the_runs(made, warm, tmp_path, monkeypatch):
     folder, two = made
     monkeypatch.setenv("FINETUNE_KIT_RUNS", str(folder))
-    done = papermill(tmp_path/"o.ipynb", folder, *p(items=8, max_new_tokens=8, backend="transformers", metrics="exact_match,token_f1,rouge_l"), notebook="nbs/evaluate.ipynb")
+    done = warm(tmp_path/"o.ipynb", folder, "nbs/evaluate.ipynb", items=8, max_new_tokens=8, backend="transformers", metrics="exact_match,token_f1,rouge_l")
     assert done.returncode == 0, done.stderr[-3000:]
     for run in two:
         found = json.loads(next(run.glob("evaluation-*.json")).read_text())
@@ -55,9 +55,9 @@ def test_evaluate_writes_beside_the_runs(made, tmp_path, monkeypatch):
     assert two[0].name in page and "Verdict" in page and "tuned − base" in page
 
 
-def test_compare_pairs_the_items(made, tmp_path):
+def test_compare_pairs_the_items(made, warm, tmp_path):
     folder, two = made
-    done = papermill(tmp_path/"o.ipynb", folder, *p(runs=",".join(r.name for r in two)), notebook="nbs/compare.ipynb")
+    done = warm(tmp_path/"o.ipynb", folder, "nbs/compare.ipynb", runs=",".join(r.name for r in two))
     assert done.returncode == 0, done.stderr[-3000:]
     run = next(folder.glob("compare-*"))
     import pandas as pd
@@ -71,8 +71,8 @@ def test_compare_pairs_the_items(made, tmp_path):
 @pytest.mark.parametrize("notebook, parameters, message", [
     ("evaluate", dict(metrics="exact_mach"), "did you mean 'exact_match'"), ("evaluate", dict(runs="nothing"), "0 runs begin with 'nothing'"), ("compare", dict(state="headed"), "has no state 'headed'"),
 ])
-def test_refused(notebook, parameters, message, made, tmp_path):
-    done = papermill(tmp_path/"o.ipynb", made[0], *p(**parameters), notebook=f"nbs/{notebook}.ipynb")
+def test_refused(notebook, parameters, message, made, warm, tmp_path):
+    done = warm(tmp_path/"o.ipynb", made[0], f"nbs/{notebook}.ipynb", **parameters)
     assert done.returncode != 0 and message in done.stderr
 
 
@@ -95,7 +95,7 @@ def test_lab_and_papermill_give_the_same_report(made, tmp_path):
     from nbclient import NotebookClient
     folder, two = made
     asked = ",".join(r.name for r in two)
-    done = papermill(tmp_path/"o.ipynb", folder, *p(runs=asked, examples=2), notebook="nbs/compare.ipynb")
+    done = papermill(tmp_path/"o.ipynb", folder, "nbs/compare.ipynb", runs=asked, examples=2)
     assert done.returncode == 0, done.stderr[-3000:]
     def outputs():
         (run,) = [f for f in folder.glob("compare-*") if json.loads((f/"run.json").read_text())["config"]["examples"] == 2]

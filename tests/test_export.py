@@ -131,12 +131,11 @@ def test_env_file_is_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_parity_run(tmp_path):
-    from conftest import p, papermill
-    done = papermill(tmp_path/"o.ipynb", tmp_path/"runs", *p(onnx=False, prompts=3), notebook="nbs/parity.ipynb")
+def test_parity_run(warm, tmp_path):
+    done = warm(tmp_path/"o.ipynb", tmp_path/"runs", "nbs/parity.ipynb", onnx=False, prompts=3)
     assert done.returncode == 0, done.stderr[-3000:]
     r = json.loads(next((tmp_path/"runs").glob("parity-*/run.json")).read_text())
     assert r["status"] == "done" and set(r["metrics"]["parity"]) == {"model", "merged", "gguf", "served"}
     assert all(m["agree"] == m["tokens"] > 5 for m in r["metrics"]["parity"].values())
-    bad = papermill(tmp_path/"o.ipynb", tmp_path/"runs", *p(onnx=False, prompts=2, tolerance=1e-12), notebook="nbs/parity.ipynb")
-    assert bad.returncode != 0 and "parted" in bad.stderr + bad.stdout
+    bad = warm(tmp_path/"o.ipynb", tmp_path/"runs", "nbs/parity.ipynb", onnx=False, prompts=2, tolerance=1e-12)
+    assert bad.returncode != 0 and "parted" in bad.stderr

@@ -9,6 +9,7 @@ from finetune_kit.data import prepare_dataset
 from finetune_kit.model import load_model
 from finetune_kit.surgery import apply_plan, drop
 from finetune_kit.trainer import TrainConfig, newest_checkpoint, train
+from trl import SFTConfig, SFTTrainer   # before anything is forked, for it takes seconds
 
 CFG = dict(max_steps=6, batch_size=4, warmup_steps=2, eval_every=0, lora_r=4, lora_dropout=.1, save_every=2)
 fork = multiprocessing.get_context("fork")

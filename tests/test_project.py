@@ -3,7 +3,7 @@ import json, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, p, papermill
+from conftest import ROOT
 
 
 def loaded(statement):
@@ -31,8 +31,8 @@ def test_readme_is_the_index():
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", readme): assert (ROOT/path).exists(), path
 
 
-def test_embedded_data_is_what_its_notebook_writes(tmp_path):
-    done = papermill(tmp_path/"o.ipynb", tmp_path, *p(out=tmp_path/"domains"), notebook="nbs/tiny_data.ipynb")
+def test_embedded_data_is_what_its_notebook_writes(warm, tmp_path):
+    done = warm(tmp_path/"o.ipynb", tmp_path, "nbs/tiny_data.ipynb", out=tmp_path/"domains")
     assert done.returncode == 0, done.stderr[-2000:]
     made = {f.relative_to(tmp_path/"domains"): f.read_text() for f in (tmp_path/"domains").rglob("*.jsonl")}
     assert len(made) == 9 and made == {f.relative_to(ROOT/"data/domains"): f.read_text() for f in (ROOT/"data/domains").rglob("*.jsonl")}

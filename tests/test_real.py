@@ -2,7 +2,6 @@
 import html, json, re
 
 import pytest
-from conftest import p, papermill
 
 
 def test_reference_perplexities_of_stories260K(real):
@@ -10,18 +9,14 @@ def test_reference_perplexities_of_stories260K(real):
     import torch
     from finetune_kit.chat import batches, encode_rows
     from finetune_kit.data import load_rows
-    from finetune_kit.metrics import scores
+    from finetune_kit.importance import drop_one
     from finetune_kit.model import load_model
-    from finetune_kit.surgery import drop, skipping
     model, tok = load_model(real/"stories260K", backend="transformers", dtype=torch.float32)
     rows = load_rows(real/"tinystories_clean.json")[:200]
     bs = batches(encode_rows(rows, tok, max_length=512), 8)
-    def nll(plan):
-        with skipping(model, plan): df = scores(model, bs)
-        assert df.n_tokens.sum() == 79210
-        return df.nll.sum()/df.n_tokens.sum()
-    assert nll(drop(model, None)) == pytest.approx(1.4766105, abs=2e-6)
-    for layer, expect in enumerate((4.6725456, 2.7709516, 2.2642010, 2.3986497, 2.3993564)): assert nll(drop(model, layer)) == pytest.approx(expect, abs=5e-6), layer
+    table = drop_one(model, bs)
+    assert set(table.n_tokens) == {79210} and table.attrs["baseline"] == pytest.approx(1.4766105, abs=2e-6)
+    assert table.nll.tolist() == pytest.approx([4.6725456, 2.7709516, 2.2642010, 2.3986497, 2.3993564], abs=5e-6)
 
 
 def test_row_counts_match_a_plain_reading(real):
@@ -50,9 +45,10 @@ def test_gsm8k_three_ways(real):
         assert [re.search(dict(math=r"(.*)", reasoning=r"#### (.*)$", assistant=r"The answer is (.*)\.$")[variant], a)[1] for a in answers] == truth
 
 
-@pytest.mark.parametrize("data, max_rows", [pytest.param("tinystories_clean.json", 300, marks=pytest.mark.slow), ("gsm8k/train.jsonl", 300)])
-def test_train_on_real_weights_and_text(real, data, max_rows, tmp_path):
-    done = papermill(tmp_path/"o.ipynb", tmp_path/"runs", *p(model=real/"stories260K", data=real/data, drop_layer=2, max_steps=25, batch_size=4, max_rows=max_rows, eval_items=16, eval_every=0))
+@pytest.mark.slow
+@pytest.mark.parametrize("data, max_rows", [("tinystories_clean.json", 300), ("gsm8k/train.jsonl", 300)])
+def test_train_on_real_weights_and_text(real, warm, data, max_rows, tmp_path):
+    done = warm(tmp_path/"o.ipynb", tmp_path/"runs", model=real/"stories260K", data=real/data, drop_layer=2, max_steps=25, batch_size=4, max_rows=max_rows, eval_items=16, eval_every=0)
     assert done.returncode == 0, done.stderr[-3000:]
     folder = next((tmp_path/"runs").glob("train-drop2-*"))
     m = json.loads((folder/"run.json").read_text())["metrics"]

@@ -1,8 +1,8 @@
 "Layer studies across processes: papermill runs, a study killed with SIGKILL, layers read from disk within their memory."
-import json, os, signal, subprocess, sys, time
+import json, multiprocessing, signal, subprocess, sys, time
 
-import pandas as pd, pytest
-from conftest import ROOT, p, papermill
+import pandas as pd, pytest, torch
+from conftest import ROOT
 
 
 def one_run(runs):
@@ -10,8 +10,8 @@ def one_run(runs):
     return folder, json.loads((folder/"run.json").read_text())
 
 
-def test_layer_study(tmp_path):
-    done = papermill(tmp_path/"out.ipynb", tmp_path/"runs", *p(items=12, greedy_k=2, blocks=False, precisions="4bit"), notebook="nbs/layer_study.ipynb")
+def test_layer_study(warm, tmp_path):
+    done = warm(tmp_path/"out.ipynb", tmp_path/"runs", "nbs/layer_study.ipynb", items=12, greedy_k=2, blocks=False, precisions="4bit")
     assert done.returncode == 0, done.stderr[-3000:]
     folder, info = one_run(tmp_path/"runs")
     assert info["status"] == "done" and info["metrics"]["base"]["nll"] > 0
@@ -24,16 +24,15 @@ def test_layer_study(tmp_path):
     assert page.count("data:image/png") >= 5 and "dearest layer" in page and "<progress" not in page
 
 
-@pytest.mark.parametrize("dial, says", [(dict(itms=3), "did you mean 'items'"), pytest.param(dict(stream=True), "precisions=''", marks=pytest.mark.slow)])
-def test_layer_study_refuses(tmp_path, dial, says):
-    done = papermill(tmp_path/"out.ipynb", tmp_path/"runs", *p(**dial), notebook="nbs/layer_study.ipynb")
+@pytest.mark.parametrize("dial, says", [(dict(itms=3), "did you mean 'items'"), (dict(stream=True), "precisions=''")])
+def test_layer_study_refuses(warm, tmp_path, dial, says):
+    done = warm(tmp_path/"out.ipynb", tmp_path/"runs", "nbs/layer_study.ipynb", **dial)
     assert done.returncode != 0 and says in done.stderr and not (tmp_path/"runs").exists()
 
 
 @pytest.mark.slow
-def test_prune_heal(tmp_path):
-    asked = p(layers="6-8", max_steps=3, eval_items=8, max_new_tokens=4)
-    done = papermill(tmp_path/"out.ipynb", tmp_path/"runs", *asked, notebook="nbs/prune_heal.ipynb")
+def test_prune_heal(warm, tmp_path):
+    done = warm(tmp_path/"out.ipynb", tmp_path/"runs", "nbs/prune_heal.ipynb", layers="6-8", max_steps=3, eval_items=8, max_new_tokens=4)
     assert done.returncode == 0, done.stderr[-3000:]
     folder, info = one_run(tmp_path/"runs")
     assert info["status"] == "done" and list(info["metrics"]["healed"]) == ["6", "7", "8"]
@@ -42,33 +41,31 @@ def test_prune_heal(tmp_path):
     assert sorted(f.name for f in (folder/"cuts").iterdir()) == ["6.json", "7.json", "8.json", "control.json"]
 
 
-KILLED = '''
-import sys, time
-from finetune_kit.chat import batches, encode_rows
-from finetune_kit.data import load_rows
-from finetune_kit.importance import drop_one, greedy
-from finetune_kit.model import load_model
-model, tok = load_model("data/tiny-base", backend="transformers")
-text = batches(encode_rows(load_rows("data/domains", "validation", max_rows=24), tok), 4)
-slow = sys.argv[2] == "slow"
-def progress(done, total):
-    print(done, total, flush=True)
-    if slow: time.sleep(.1)
-print("RESULT", drop_one(model, text, resume=sys.argv[1], progress=progress).to_json(double_precision=15), flush=True)
-'''
+@pytest.fixture
+def text():
+    "The embedded base, and six batches."
+    from finetune_kit.chat import batches, encode_rows
+    from finetune_kit.data import load_rows
+    from finetune_kit.model import load_model
+    model, tok = load_model(ROOT/"data/tiny-base", backend="transformers", device="cpu")
+    return model, batches(encode_rows(load_rows(ROOT/"data/domains", "validation", max_rows=24), tok), 4)
 
 
-def test_a_killed_study_goes_on(tmp_path):
-    def command(folder, speed): return [sys.executable, "-c", KILLED, str(tmp_path/folder), speed]
-    process = subprocess.Popen(command("a", "slow"), cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if int(line.split()[0]) == 30: break
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    kept = len(list((tmp_path/"a").glob("walk-*.json")))
-    assert kept == 2, "two batches of six were through their 12 layers"
-    again, whole = (subprocess.run(command(folder, "fast"), cwd=ROOT, capture_output=True, text=True).stdout.splitlines()[-1] for folder in ("a", "b"))
-    assert again == whole and again.startswith("RESULT {")
+def test_a_killed_study_goes_on(text, tmp_path):
+    from finetune_kit.importance import drop_one
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe()
+    def study():
+        torch.set_num_threads(1)
+        drop_one(*text, resume=tmp_path/"a", progress=lambda done, total: (there.send(done), time.sleep(.1)))
+    process = fork.Process(target=study)
+    process.start()
+    while here.recv() < 30: pass
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and len(list((tmp_path/"a").glob("walk-*.json"))) == 2, "two batches of six were through their 12 layers"
+    again, whole = drop_one(*text, resume=tmp_path/"a"), drop_one(*text)
+    pd.testing.assert_frame_equal(again, whole, check_exact=True)
 
 
 STREAMED = '''

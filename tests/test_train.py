@@ -3,15 +3,15 @@ import json, re
 from pathlib import Path
 
 import nbformat, pytest
-from conftest import ROOT, p, papermill
+from conftest import ROOT, papermill
 
-QUICK = p(max_steps=60, eval_every=30, eval_items=60)
+QUICK = dict(max_steps=60, eval_every=30, eval_items=60)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     d = tmp_path_factory.mktemp("run")
-    done = papermill(d/"out.ipynb", d/"runs", *p(drop_layer=7), *QUICK)
+    done = papermill(d/"out.ipynb", d/"runs", drop_layer=7, **QUICK)
     assert done.returncode == 0, done.stderr[-3000:]
     return d, next((d/"runs").glob("train-drop7-*"))
 
@@ -74,10 +74,10 @@ def test_report_is_the_executed_notebook(run):
     assert [c.source.strip() for c in nbformat.read(folder/"report.ipynb", 4).cells] == ran
 
 
-def test_same_run_same_numbers_and_the_control_is_reused(run, tmp_path):
+def test_same_run_same_numbers_and_the_control_is_reused(run, warm, tmp_path):
     d, folder = run
     first = info(folder)
-    again = papermill(tmp_path/"o.ipynb", d/"runs", *p(drop_layer=7), *QUICK)
+    again = warm(tmp_path/"o.ipynb", d/"runs", drop_layer=7, **QUICK)
     assert again.returncode == 0, again.stderr[-3000:]
     second = info(folder)                                               # the same folder: the same run is found again
     assert second["started"] > first["started"]
@@ -99,19 +99,18 @@ def test_adapter_loads_onto_the_cut_base(run):
 
 @pytest.mark.parametrize("parameters, message", [
     (dict(drop_layr=7), "unknown parameter 'drop_layr'"), (dict(drop_layer=99), "layer 99 not in 0..11"), (dict(data="nothing.jsonl"), "no data at 'nothing.jsonl'"),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in [
-        (dict(drop_layer="abc"), "cannot read 'abc'"), (dict(drop_layer=7, prune_after=4), "give one"), (dict(model="data/nothing"), "no model at 'data/nothing'"),
-        (dict(lr="fast"), "lr='fast': Input should be a valid number"), (dict(config="nowhere"), "no config")]),
+    (dict(drop_layer="abc"), "cannot read 'abc'"), (dict(drop_layer=7, prune_after=4), "give one"), (dict(model="data/nothing"), "no model at 'data/nothing'"),
+    (dict(lr="fast"), "lr='fast': Input should be a valid number"), (dict(config="nowhere"), "no config"),
 ])
-def test_refused_before_anything_loads(parameters, message, tmp_path):
-    done = papermill(tmp_path/"o.ipynb", tmp_path/"runs", *p(**parameters))
+def test_refused_before_anything_loads(parameters, message, warm, tmp_path):
+    done = warm(tmp_path/"o.ipynb", tmp_path/"runs", **parameters)
     assert done.returncode != 0 and message in done.stderr
     assert not list((tmp_path/"runs").glob("*")), "nothing may have begun"
 
 
-def test_a_failing_run_leaves_a_readable_report(tmp_path):
+def test_a_failing_run_leaves_a_readable_report(warm, tmp_path):
     endless = "{% for m in messages %}{{ m.content }}{% endfor %}"      # no end of turn: the gate must stop it
-    done = papermill(tmp_path/"o.ipynb", tmp_path/"runs", *p(template=endless), *QUICK)
+    done = warm(tmp_path/"o.ipynb", tmp_path/"runs", template=endless, **QUICK)
     assert done.returncode != 0 and "MaskError" in done.stderr
     folder = next((tmp_path/"runs").glob("train-*"))
     r, page = info(folder), (folder/"report.html").read_text()
@@ -132,13 +131,13 @@ def test_dials_are_the_config(tmp_path):
     assert all("#" in line for line in code[0].splitlines())
 
 
-def test_config_file_and_dials(tmp_path):
+def test_config_file_and_dials(warm, tmp_path):
     (tmp_path/"base.yaml").write_text("max_steps: 3\nlr: 0.001\neval_items: 4\neval_every: 0\n")
     (tmp_path/"mine.yaml").write_text("_extends: base.yaml\nmax_rows: 40\n")
-    done = papermill(tmp_path/"o.ipynb", tmp_path/"runs", *p(config=tmp_path/"mine.yaml", prune_after=6, lr=0.0005))
+    done = warm(tmp_path/"o.ipynb", tmp_path/"runs", config=tmp_path/"mine.yaml", prune_after=6, lr=0.0005)
     assert done.returncode == 0, done.stderr[-3000:]
     r = info(next((tmp_path/"runs").glob("train-drop6-11-*")))
     assert {k: r["config"][k] for k in ("max_steps", "lr", "max_rows", "drop_layer")} == dict(max_steps=3, lr=.0005, max_rows=40, drop_layer=None)
     (tmp_path/"base.yaml").write_text("max_step: 3\n")
-    done = papermill(tmp_path/"o.ipynb", tmp_path/"runs2", *p(config=tmp_path/"mine.yaml"))
+    done = papermill(tmp_path/"o.ipynb", tmp_path/"runs2", config=tmp_path/"mine.yaml")
     assert done.returncode != 0 and "unknown parameter 'max_step'" in done.stderr and "did you mean 'max_steps'" in done.stderr
