@@ -5,7 +5,7 @@ from pathlib import Path
 import nbformat, pytest
 from conftest import ROOT, papermill
 
-QUICK = dict(max_steps=60, eval_every=30, eval_items=60)
+QUICK = dict(max_steps=30, eval_every=15, eval_items=40)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_run_json_says_everything(run):
         assert m["n_tokens"] > 100 and m["perplexity"] == pytest.approx(2.718281828**m["nll"], rel=1e-6)
         assert 0 <= m["exact_match"] <= 1 and m["intervals"]["nll"][0] <= m["nll"] <= m["intervals"]["nll"][1]
     assert set(r["hashes"]) == {"config", "code", "data", "model", "template", "machine"} and r["versions"]["torch"] and r["versions"]["unsloth"]
-    assert r["config"]["drop_layer"] == 7 and r["config"]["max_steps"] == 60
+    assert r["config"]["drop_layer"] == 7 and r["config"]["max_steps"] == 30
     for path in ("model", "report", "items", "log", "rejects"): assert (folder/r["artifacts"][path]).exists()
 
 
@@ -42,7 +42,7 @@ def test_healing_is_measured_against_the_control(run):
 
 def test_metrics_jsonl_is_the_training_log(run):
     lines = [json.loads(o) for o in (run[1]/"metrics.jsonl").read_text().splitlines()]
-    assert [o["step"] for o in lines] == list(range(1, 61)) and [o["step"] for o in lines if o.get("val_loss")] == [30, 60]
+    assert [o["step"] for o in lines] == list(range(1, 31)) and [o["step"] for o in lines if o.get("val_loss")] == [15, 30]
 
 
 def test_log_says_when_what_happened(run):
@@ -139,5 +139,5 @@ def test_config_file_and_dials(warm, tmp_path):
     r = info(next((tmp_path/"runs").glob("train-drop6-11-*")))
     assert {k: r["config"][k] for k in ("max_steps", "lr", "max_rows", "drop_layer")} == dict(max_steps=3, lr=.0005, max_rows=40, drop_layer=None)
     (tmp_path/"base.yaml").write_text("max_step: 3\n")
-    done = papermill(tmp_path/"o.ipynb", tmp_path/"runs2", config=tmp_path/"mine.yaml")
+    done = warm(tmp_path/"o.ipynb", tmp_path/"runs2", config=tmp_path/"mine.yaml")
     assert done.returncode != 0 and "unknown parameter 'max_step'" in done.stderr and "did you mean 'max_steps'" in done.stderr
