@@ -41,7 +41,7 @@ test-all: setup ## the slow ones and, with a GPU, its tests too
 	python -m pytest tests -q --durations 8
 
 readme: setup ## README.md from nbs/index.ipynb
-	@$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed -E 's#\]\((images|guide)/#](nbs/\1/#g' > README.md
+	@$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed -E 's#\]\((images/|guide/|results\.)#](nbs/\1#g' > README.md
 
 docs: setup readme ## the site in _docs; without Quarto, its staged pages in _proc
 	@export PATH="$(CURDIR)/$(BIN):$$PATH"
