@@ -231,7 +231,8 @@ def sweep(
         return
     table = runs.sweep(file, jobs, retry or None, dry_run, warm, only, slurm or None, show=lambda line: print(line, flush=True, file=sys.stderr if as_json else None))
     if as_json: print(table.to_json(orient="records"))
-    if not dry_run and (bad := table.status.isin(["failed", "stopped", "damaged"])).any(): raise FineTuneError(f"{bad.sum()} of {len(table)} runs did not succeed; the index page says why")
+    made = table if only is None else table.iloc[[only]]
+    if not dry_run and (bad := made.status.isin(["failed", "stopped", "damaged"])).any(): raise FineTuneError(f"{bad.sum()} of {len(made)} runs did not succeed; the index page says why")
 
 @app.command()
 def compare(

@@ -505,19 +505,25 @@ def _run_here(spec, left, jobs, warm, on_done):
             kernels.stop()
             raise
 
-def _settled(run, job, since):
-    "Whether nothing more will come of a job: its run's own record counts; a job that Slurm puts back into the queue goes on."
-    info = run.info
-    if info["status"] in ("done", "failed") and (info.get("started") or 0) >= since:
-        run.error = info.get("error") or ""
-        return True
-    if not job.done() or job.state.upper().split(" ")[0] in ("NODE_FAIL", "PREEMPTED", "REQUEUED", "PENDING", "RUNNING", "REQUEUE_HOLD"): return False
-    error = job.exception()
-    run.error = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}" if error else job.result()
-    return True
+_ENDED = "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT GONE".split()
 
-def _run_on_cluster(spec, left, parameters, on_done, every=2.):
-    "Two job arrays: those that make a control, then the others."
+def _queue():
+    "Job → state, as Slurm's controller has it, or None where it does not answer. `sacct`, which submitit asks, needs accounting, and ends a job that goes back into the queue."
+    try: said = subprocess.run(["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i %T"], capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as e: return log.warning("squeue: %s", getattr(e, "stderr", None) or e)
+    return dict(line.split() for line in said.splitlines())
+
+def _settle(run, job, state):
+    "What came of a run whose job has ended; a killed one says so in its record."
+    if job.paths.result_pickle.exists():
+        error = job.exception()
+        run.error = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}" if error else job.result()
+    else: run.error = f"job {job.job_id} ended before the run did; {job.paths.stderr} may say why"
+    if run.error and state not in ("COMPLETED", "FAILED", "GONE"): run.error += f" (Slurm: {state.lower()})"
+    if (info := run.info)["status"] == "running": Run(runs_folder()/run.id, info).save(status="stopped", error=run.error)
+
+def _run_on_cluster(spec, left, parameters, on_done, every=2., ask=10.):
+    "Two job arrays: those that make a control, then the others. A run is through when its own record says `done`, or when its job has ended for good."
     import submitit
     parameters = dict(name=f"sweep-{spec.name}"[:60]) | parameters
     cluster, folder = parameters.pop("cluster", "slurm"), runs_folder()/f"sweep-{spec.name}"/"jobs"
@@ -529,15 +535,23 @@ def _run_on_cluster(spec, left, parameters, on_done, every=2.):
         since, jobs = time.time(), []
         if not wave: continue
         with executor.batch(): jobs = [(run, executor.submit(RunTask(str(resolve_path(spec.notebook)), run.id, run.dials))) for run in wave]
+        looked, states, ended = time.time(), {}, {}      # ended: job → in how many looks at the queue
         try:
             while jobs:
-                for run, job in [(r, j) for r, j in jobs if _settled(r, j, since)]:
+                now = None
+                if cluster != "slurm": now = {job.job_id: "COMPLETED" if job.done() else "RUNNING" for _, job in jobs}
+                elif time.time() - looked > ask: now, looked = _queue(), time.time()
+                if now is not None: states, ended = now, {job.job_id: ended.get(job.job_id, 0) + 1 for _, job in jobs if now.get(job.job_id, "GONE") in _ENDED}
+                for run, job in list(jobs):
+                    if run.info["status"] == "done": run.error = ""
+                    elif ended.get(job.job_id, 0) > (not job.paths.result_pickle.exists()): _settle(run, job, states.get(job.job_id, "GONE"))   # a shared disk may be late with what a job has written
+                    else: continue
                     jobs.remove((run, job))
                     run.seconds = (run.info.get("finished") or time.time()) - (run.info.get("started") or since)
                     on_done(run)
                 if jobs: time.sleep(every)
         except BaseException:
-            for _, job in jobs: job.cancel()
+            for _, job in jobs: job.cancel(check=False)
             raise
 
 def slurm_script(
