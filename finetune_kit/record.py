@@ -30,6 +30,7 @@ def _file_digest(path):
 def content_hashes(
     experiment:str, # The notebook's name, whose code counts
     cfg:StrictConfig, plan:LayerPlan|None, # What is asked, and what stays of the model; None where an experiment cuts none
+    device:str|None=None, # "cuda", "mps" or "cpu", where it will run elsewhere; None: as here
 )->dict[str,str]: # `config`, `code`, `data`, `model`, `template`, `machine`: short hexadecimal digests ("hub" data and models count by name)
     "What the run stands on, in digests."
     model, data, template = (getattr(cfg, k, None) for k in ("model", "data", "template"))
@@ -43,7 +44,7 @@ def content_hashes(
     if backend == "auto": backend = "unsloth" if importlib.util.find_spec("unsloth") else "transformers"
     return dict(config=digest(asked), code=digest([*(_file_digest(p) for p in sorted(Path(finetune_kit.__file__).parent.glob("*.py"))), cells]),
                 data=digest([_file_digest(p) for p in files] or data), model=digest([_file_digest(p) for p in weights] or model),
-                template=digest(jinja.read_text() if template in (None, "own") and jinja.exists() else template), machine=digest([detect_device(), backend]))
+                template=digest(jinja.read_text() if template in (None, "own") and jinja.exists() else template), machine=digest([device or detect_device(), backend]))
 
 def run_id(
     name:str, # What the id begins with: the notebook's name, "control"

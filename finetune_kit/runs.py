@@ -230,6 +230,7 @@ def _notebook(path):
 
 def plan_sweep(
     spec:SweepSpec, # What to run
+    device:str|None=None, # "cuda", "mps" or "cpu", where it will run elsewhere; None: as here
 )->list[Planned]: # In the order of the spec
     "The runs with their ids. `InvalidConfigError` for a parameter that the notebook lacks, a bad value, or two runs with one id."
     path = resolve_path(spec.notebook)
@@ -239,7 +240,7 @@ def plan_sweep(
         if unknown := [k for k in asked if k not in defaults]: raise InvalidConfigError(f"{path.name}: unknown parameter {choices(unknown[0], defaults)}")
         cfg = read_dials(defaults | asked | dict(In=["# Parameters\n" + "".join(f"{k} = 0\n" for k in asked)]), cls)
         plan = check_study(cfg) if isinstance(cfg, StudyConfig) else check_config(cfg) if isinstance(cfg, RunConfig) else None
-        id, control = run_id(experiment, plan, content_hashes(experiment, cfg, plan)), digest({k: v for k, v in dict(cfg).items() if k not in ("drop_layer", "prune_after")})
+        id, control = run_id(experiment, plan, content_hashes(experiment, cfg, plan, device)), digest({k: v for k, v in dict(cfg).items() if k not in ("drop_layer", "prune_after")})
         if id in seen: raise InvalidConfigError(f"two runs are one, {id}: {seen[id]} and {asked}; leave one out")
         seen[id] = asked
         planned.append(Planned(id, experiment, asked, cfg, control not in controls))
@@ -373,7 +374,7 @@ class RunTask:
         except Timeout: return f"it is being run by process {_read(folder).get('pid')} on {_read(folder).get('host')}"
         except PapermillExecutionError as e: return f"{e.ename}: {e.evalue}"
         except Exception as e: return f"{type(e).__name__}: {e}"
-        if not (folder/"run.json").exists(): return f"it ran, but not as {self.id}: code, data or model changed since the sweep began; start it again"
+        if not (folder/"run.json").exists(): return f"it ran, but not as {self.id}: code, data or model changed since the sweep began, or it ran on {detect_device()} where the sweep counted on another device; start it again"
         return "" if _read(folder)["status"] == "done" else f"the notebook ended without run.finish(...): {_read(folder)['status']}"
 
     def checkpoint(self,
@@ -578,9 +579,11 @@ def sweep(
 )->pd.DataFrame: # As from `sweep_table`
     "Make a batch of runs. Finished ones are skipped, and nothing that fails or is killed stops the others or loses what is done; the same call goes on."
     spec = read_spec(spec)
-    planned = plan_sweep(spec)
+    cluster = None if slurm in (None, False) else spec.slurm | (slurm if isinstance(slurm, dict) else {})
+    gpus = cluster and any("gpu" in k or k.endswith("gres") and "gpu" in str(v) for k, v in cluster.items())
+    planned = plan_sweep(spec, ("cuda" if gpus else "cpu") if cluster is not None and cluster.get("cluster") != "local" else None)   # by what the jobs will have, whatever the login node has
     if only is not None and not 0 <= only < len(planned): raise InvalidConfigError(f"only={only} not in 0..{len(planned)-1} ({len(planned)} runs)")
-    most, why = most_jobs(getattr(planned[0].cfg, "model", None)) if slurm in (None, False) else (max(1, jobs), "")
+    most, why = most_jobs(getattr(planned[0].cfg, "model", None)) if cluster is None else (max(1, jobs), "")
     if not 0 <= jobs <= most: raise InvalidConfigError(f"jobs={jobs} not in 0..{most} ({why}); 0 means {most}")
     jobs = min(jobs or most, len(planned))
     left = to_do(planned if only is None else [planned[only]], spec.retry if retry is None else retry)
@@ -598,8 +601,8 @@ def sweep(
         show(f"[{len(done)}/{len(left)}] {run.id}  {f'FAILED: {run.error}' if run.error else f'done in {_span(run.seconds)}'}{f'  nll: {came}' if came and not run.error else ''}{f'  ({rest} left, {_span(spent/len(done)*rest)})' if rest else ''}")
         write_page(spec, planned)
     try:
-        if left and slurm in (None, False): _run_here(spec, left, jobs, warm, on_done)
-        elif left: _run_on_cluster(spec, left, spec.slurm | (slurm if isinstance(slurm, dict) else {}), on_done)
+        if left and cluster is None: _run_here(spec, left, jobs, warm, on_done)
+        elif left: _run_on_cluster(spec, left, cluster, on_done)
     except KeyboardInterrupt:
         show(f"stopped: {len(done)} of {len(left)} were made; the same command goes on with the others")
         raise
