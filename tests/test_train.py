@@ -132,7 +132,7 @@ def test_dials_are_the_config(tmp_path):
 
 
 def test_config_file_and_dials(warm, tmp_path):
-    (tmp_path/"base.yaml").write_text("max_steps: 3\nlr: 0.001\neval_items: 4\neval_every: 0\n")
+    (tmp_path/"base.yaml").write_text("max_steps: 3\nlr: 0.001\neval_items: 4\neval_every: 0\nbackend: transformers\n")
     (tmp_path/"mine.yaml").write_text("_extends: base.yaml\nmax_rows: 40\n")
     done = warm(tmp_path/"o.ipynb", tmp_path/"runs", config=tmp_path/"mine.yaml", prune_after=6, lr=0.0005)
     assert done.returncode == 0, done.stderr[-3000:]
