@@ -25,7 +25,7 @@ def real():
 def p(**parameters): return [o for k, v in parameters.items() for o in ("-p", k, str(v))]
 
 
-def papermill(out, runs, notebook="nbs/train.ipynb", **parameters):
+def papermill(out, runs, notebook="nbs/train.ipynb", /, **parameters):
     "What a user types; the run's folder goes under `runs`."
     command = [sys.executable, "-m", "papermill", str(ROOT/notebook), str(out), "--no-progress-bar", *p(**parameters)]
     return subprocess.run(command, cwd=ROOT, env=os.environ | dict(FINETUNE_KIT_RUNS=str(runs)), capture_output=True, text=True, timeout=2400)
@@ -37,7 +37,7 @@ def warm():
     import papermill as pm
     from finetune_kit.runs import Kernels
     with Kernels() as kernels:
-        def run(out, runs, notebook="nbs/train.ipynb", **parameters):
+        def run(out, runs, notebook="nbs/train.ipynb", /, **parameters):
             asked = {k: str(v) if isinstance(v, Path) else v for k, v in parameters.items()}
             try: pm.execute_notebook(ROOT/notebook, out, asked, kernel_name="python3", progress_bar=False, start_timeout=600, cwd=ROOT, kernel_manager_class=kernels.manager(FINETUNE_KIT_RUNS=str(runs)))
             except Exception as e: return SimpleNamespace(returncode=1, stderr=str(e))
