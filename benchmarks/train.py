@@ -82,7 +82,9 @@ def main(source):
         mine = [[f for f in found if f["who"] == who and f["seed"] == seed] for seed in range(SEEDS)]
         speed[who] = [statistics.median(sum(m[0]["tokens"][1:])/seconds(m, clock) for m in mine) for clock in (0, 1)]
         print(f"| {name} | {speed[who][0]:,.0f} | {speed[who][1]:,.0f} | {', '.join(str(round(m[0]['loss'], 4)) for m in mine)} |")
-    for mine, other in (("kit", "trl"), ("kit_unsloth", "unsloth")): print(f"\n{WHO[mine]} against {WHO[other]}: {speed[mine][0]/speed[other][0]:.2f}x by wall time, {speed[mine][1]/speed[other][1]:.2f}x by CPU time.")
+    for mine, other in (("kit", "trl"), ("kit_unsloth", "unsloth")):
+        by_seed = [seconds([f for f in found if f["who"] == other and f["seed"] == s], 1)/seconds([f for f in found if f["who"] == mine and f["seed"] == s], 1) for s in range(SEEDS)]
+        print(f"\n{WHO[mine]} against {WHO[other]}: {speed[mine][0]/speed[other][0]:.2f}x by wall time, {speed[mine][1]/speed[other][1]:.2f}x by CPU time (seed by seed: {', '.join(f'{r:.2f}' for r in by_seed)}).")
 
 
 if sys.argv[1:2] == ["--pair"]: pair(sys.argv[2], sys.argv[3] or None)
