@@ -99,8 +99,9 @@ def test_adapter_loads_onto_the_cut_base(run):
 
 @pytest.mark.parametrize("parameters, message", [
     (dict(drop_layr=7), "unknown parameter 'drop_layr'"), (dict(drop_layer=99), "layer 99 not in 0..11"), (dict(data="nothing.jsonl"), "no data at 'nothing.jsonl'"),
-    (dict(drop_layer="abc"), "cannot read 'abc'"), (dict(drop_layer=7, prune_after=4), "give one"), (dict(model="data/nothing"), "no model at 'data/nothing'"),
-    (dict(lr="fast"), "lr='fast': Input should be a valid number"), (dict(config="nowhere"), "no config"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+        (dict(drop_layer="abc"), "cannot read 'abc'"), (dict(drop_layer=7, prune_after=4), "give one"), (dict(model="data/nothing"), "no model at 'data/nothing'"),
+        (dict(lr="fast"), "lr='fast': Input should be a valid number"), (dict(config="nowhere"), "no config")]),
 ])
 def test_refused_before_anything_loads(parameters, message, warm, tmp_path):
     done = warm(tmp_path/"o.ipynb", tmp_path/"runs", **parameters)
