@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent/"shared"/"real"
-os.environ.setdefault("OMP_NUM_THREADS", "1")   # a run's id counts threads; warm kernels have one
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # sums depend on it in their last digits, and warm kernels have one
 
 
 def pytest_configure(config):
@@ -22,12 +22,9 @@ def real():
     return REAL
 
 
-def p(**parameters): return [o for k, v in parameters.items() for o in ("-p", k, str(v))]
-
-
 def papermill(out, runs, notebook="nbs/train.ipynb", /, **parameters):
     "What a user types; the run's folder goes under `runs`."
-    command = [sys.executable, "-m", "papermill", str(ROOT/notebook), str(out), "--no-progress-bar", *p(**parameters)]
+    command = [sys.executable, "-m", "papermill", str(ROOT/notebook), str(out), "--no-progress-bar", *(o for k, v in parameters.items() for o in ("-p", k, str(v)))]
     return subprocess.run(command, cwd=ROOT, env=os.environ | dict(FINETUNE_KIT_RUNS=str(runs)), capture_output=True, text=True, timeout=2400)
 
 
