@@ -14,7 +14,7 @@ from finetune_kit.metrics import scores
 from finetune_kit.model import quiet
 from finetune_kit.surgery import apply_plan, drop, prune_after
 
-DEPTH, RUNS, ROWS, LENGTH, K = 12, 3, 4, 64, 5
+DEPTH, RUNS, ROWS, LENGTH, K = 12, 7, 4, 32, 5
 torch.set_num_threads(1)
 walk.STACK["cpu"] = ROWS*LENGTH   # one branch a call, so that a stretch is one call, here as there
 

@@ -204,7 +204,7 @@ def plot_agreement(
     fig, ax = plt.subplots(figsize=(.78*len(names)+2.6, .52*len(names)+1.9))
     sns.heatmap(grid.iloc[1:, :-1], mask=np.triu(np.ones((len(names)-1,)*2, bool), 1), annot=True, fmt=".2f", annot_kws=dict(size=9), cmap="PuOr_r", vmin=-1, vmax=1, linewidths=.6, ax=ax, cbar_kws=dict(label=value.capitalize()))
     ax.grid(False)
-    ax.set(title=f"Do the rankings of layers agree? ({int(table.n.min())} layers)")
+    ax.set(title=f"Do the rankings of layers agree? ({' to '.join(map(str, sorted({table.n.min(), table.n.max()})))} layers)")
     ax.tick_params(axis="x", rotation=35)
     for label in ax.get_xticklabels(): label.set_ha("right")
     ax.tick_params(axis="y", rotation=0)
@@ -223,7 +223,7 @@ def plot_prediction(
     if interval: ax.vlines(table[x], table[interval[0]], table[interval[1]], color=SERIES[0], lw=1.4, alpha=.5)
     ax.plot(table[x], table[y], "o", color=SERIES[0], ms=6)
     for px, py, name in table[[x, y, names]].itertuples(index=False): ax.annotate(str(name), (px, py), xytext=(5, 4), textcoords="offset points", fontsize=9)
-    _symlog(ax, "x", table[x]); _symlog(ax, "y", table[y])
+    _symlog(ax, "x", table[x]); _symlog(ax, "y", table[[y, *(interval or ())]].to_numpy(float).ravel())
     ax.set(xlabel=xlabel or x, ylabel=ylabel or y)
     return fig
 
