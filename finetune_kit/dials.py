@@ -129,6 +129,8 @@ class EvaluateConfig(StrictConfig):
     max_new_tokens:Annotated[int, Field(ge=1)] = 40                    # Longest generated answer, in tokens
     max_length:Annotated[int, Field(ge=8)] = 512                       # Longest row, in tokens
     speed:Annotated[int, Field(ge=0)] = 0                              # Prompts to time base and tuned model on, in turns; 0: none
+    tasks:str = ""                                                     # Tasks of lm-evaluation-harness to run as well, with commas between: "arc_easy,hellaswag"
+    tasks_folder:str|None = None                                       # Of your own tasks' YAML; then those are the only ones known
     quant:Literal["4bit", "8bit"]|None = None                          # How to quantise the models
     backend:Literal["auto", "unsloth", "transformers"] = "auto"        # Who loads them
 

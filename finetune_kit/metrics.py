@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['metrics', 'perplexity', 'AnswerMetric', 'metric', 'normalize', 'exact_match', 'token_f1', 'bleu', 'rouge_l',
            'final_number', 'numeric_match', 'scores', 'bootstrap', 'Perplexity', 'windows', 'evaluate_model',
-           'summarize', 'difference', 'peak_mib', 'time_answers', 'speed_of', 'speedup']
+           'summarize', 'difference', 'peak_mib', 'time_answers', 'speed_of', 'speedup', 'find_tasks', 'harness']
 
 # %% ../nbs/06_metrics.ipynb #26f7c080
-import math, re, string, time
+import importlib.util, math, re, string, time
 from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np, pandas as pd
 
@@ -289,3 +290,49 @@ def speedup(
     def ratio(w): return (w @ a.n_tokens.to_numpy())*(w @ b.seconds.to_numpy()) / ((w @ a.seconds.to_numpy())*(w @ b.n_tokens.to_numpy()))
     lo, hi = np.percentile(ratio(draws), [2.5, 97.5])
     return dict(mean=float(ratio(np.ones(len(a)))), lo=float(lo), hi=float(hi))
+
+# %% ../nbs/06_metrics.ipynb #6d700002
+def find_tasks(
+    names:str|list[str], # Tasks, groups or patterns of lm-evaluation-harness: "arc_easy,hellaswag", "mmlu_*"
+    folder:str|Path|None=None, # Of your own tasks' YAML; then those are the only ones known
+): # Its `TaskManager`, with what was found as `.chosen`
+    "Look tasks up before a model is loaded. `MissingConfigError` without lm-evaluation-harness, `InvalidConfigError` for an unknown task or a missing folder."
+    if importlib.util.find_spec("lm_eval") is None: raise MissingConfigError("tasks need lm-evaluation-harness, which is not installed: pip install 'finetune_kit[harness]'")
+    if folder and not resolve_path(folder).is_dir(): raise InvalidConfigError(f"tasks_folder={str(folder)!r} is no folder; give the one that your tasks' YAML files are in")
+    with quiet():
+        from lm_eval.tasks import TaskManager
+        manager = TaskManager(include_path=str(resolve_path(folder)) if folder else None, include_defaults=not folder)
+    manager.chosen = []
+    for name in [n.strip() for n in names.split(",")] if isinstance(names, str) else names:
+        found = manager.match_tasks([name])
+        if not found: raise InvalidConfigError(f"unknown task {choices(name, manager.all_tasks)}")
+        manager.chosen += [f for f in found if f not in manager.chosen]
+    return manager
+
+def harness(
+    model, # Causal language model in eval mode: whole, cut, or with adapters
+    tokenizer, # Its tokenizer
+    tasks, # As from `find_tasks`
+    limit:int|None=None, # The first items of each task; None: all
+    shots:int|None=None, # Worked examples before each item; None: what the task says
+    batch_size:int=32, # Requests at a time
+)->pd.DataFrame: # A row an item: `id` ("task/place"), and a column for each task and metric ("arc_easy acc"), empty for other tasks' items
+    """Run tasks of lm-evaluation-harness (doi:10.5281/zenodo.5371628) on a loaded model, in its own way. Metrics that are no number for a single item, such as word perplexity, are left out with a warning.
+    `MetricComputationError` where the harness fails, or where no metric is left."""
+    with quiet():
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        try: found = lm_eval.simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks=tasks.chosen, task_manager=tasks, num_fewshot=shots, limit=limit, bootstrap_iters=0, log_samples=True)["samples"]
+        except Exception as e: raise MetricComputationError(f"lm-evaluation-harness could not measure {', '.join(tasks.chosen)} ({type(e).__name__}): {e}") from e
+    items, left_out = {}, set()
+    for task, samples in found.items():
+        for s in samples:
+            item = items.setdefault((task, s["doc_id"]), dict(id=f"{task}/{s['doc_id']}"))
+            for m in s["metrics"]:
+                name = f"{task} {m}" + (f" ({s['filter']})" if s["filter"] != "none" else "")
+                if isinstance(s[m], (bool, int, float, np.number)): item[name] = float(s[m])
+                else: left_out.add(name)
+    if left_out: log.warning(f"not a number for a single item, so left out: {', '.join(sorted(left_out))}")
+    df = pd.DataFrame([items[k] for k in sorted(items)])
+    if len(df.columns) < 2: raise MetricComputationError(f"none of the metrics of {', '.join(tasks.chosen)} is a number for a single item")
+    return df

@@ -55,6 +55,21 @@ def test_evaluate_writes_beside_the_runs(made, warm, tmp_path, monkeypatch):
     assert two[0].name in page and "Verdict" in page and "tuned − base" in page
 
 
+def test_public_benchmarks_stand_beside_the_data(made, warm, tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness (the extra `harness`) is not there")
+    folder, (run, _) = made
+    (tmp_path/"sums_.jsonl").write_text("".join(json.dumps(dict(q=f"Question: What is {a} plus {b}? Answer:", right=f" {a+b}")) + "\n" for a in range(4) for b in range(4)))
+    (tmp_path/"sums.yaml").write_text(json.dumps(dict(task="sums", dataset_path="json", dataset_kwargs=dict(data_files=dict(test=str(tmp_path/"sums_.jsonl"))), output_type="generate_until", test_split="test",
+        doc_to_text="{{q}}", doc_to_target="{{right}}", generation_kwargs=dict(until=["\n"], max_gen_toks=4), metric_list=[dict(metric="exact_match")])))
+    dials = dict(runs=run.name, items=8, max_new_tokens=4, backend="transformers", tasks_folder=str(tmp_path))
+    assert "sums" in warm(tmp_path/"bad.ipynb", folder, "nbs/evaluate.ipynb", **dials, tasks="sum").stderr      # refused with what there is
+    done = warm(tmp_path/"o.ipynb", folder, "nbs/evaluate.ipynb", **dials, tasks="sums")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = max((json.loads(f.read_text()) for f in run.glob("evaluation-*.json")), key=lambda e: e["made"])["tasks"]["sums exact_match"]
+    assert {"base", "tuned", "tuned_minus_base"} == set(found) and found["tuned_minus_base"]["mean"] == pytest.approx(found["tuned"]["mean"] - found["base"]["mean"])
+    assert "sums exact_match" in max(folder.glob("evaluate-*/report.html"), key=os.path.getmtime).read_text()
+
+
 def test_compare_pairs_the_items(made, warm, tmp_path):
     folder, two = made
     done = warm(tmp_path/"o.ipynb", folder, "nbs/compare.ipynb", runs=",".join(r.name for r in two))
