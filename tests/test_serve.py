@@ -163,3 +163,37 @@ def test_no_request_breaks_the_service(service):
             assert response.status_code < 500 or response.json()["error"]["code"] == "model_not_loaded", response.text
         each()
     assert len(tried) > 50 and {200, 422} <= set(tried)
+
+
+@pytest.mark.slow
+def test_a_minute_of_32_streams(tmp_path):
+    "Every answer is the one that a request alone gets, and the process does not grow."
+    import psutil, socket, subprocess, sys
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    process = subprocess.Popen([sys.executable, "-c", "from finetune_kit.cli import main; main()", "serve", "--port", str(port), "--no-runs", "--model", f"base={ROOT/'data/tiny-base'}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0, timeout=300)
+    asked = [f"{'Repeat' if n % 2 else 'Reverse'}: {' '.join(('moon gate duck wolf rain cup hill boat'.split()*2)[n%8:n%8+2+n%4])}" for n in range(32)]
+    def stream(q): return "".join(c.choices[0].delta.content or "" for c in ask(client, q, max_tokens=16, stream=True) if c.choices)
+    try:
+        deadline = time.time() + 300
+        while True:
+            try: client.models.list(); break
+            except openai.APIConnectionError:
+                assert process.poll() is None and time.time() < deadline, "the service did not start"
+                time.sleep(.5)
+        twins = {q: ask(client, q, max_tokens=16).choices[0].message.content for q in asked}
+        assert len(set(twins.values())) > 8
+        memory, wrong, rounds, start = [], [], 0, time.time()
+        with ThreadPoolExecutor(32) as pool:
+            while time.time() - start < 75:      # the first fifteen seconds warm up
+                wrong += [q for q, said in zip(asked, pool.map(stream, asked)) if said != twins[q]]
+                rounds += 1
+                memory.append((time.time() - start, psutil.Process(process.pid).memory_info().rss/2**20))
+        warm = [m for t, m in memory if t > 15]
+        print(f"{32*rounds} streams; resident memory {warm[0]:.0f} MiB after 15 s, {warm[-1]:.0f} after 75 s")
+        assert not wrong and len(warm) > 4 and warm[-1] < warm[0] + 16, (wrong[:3], memory)
+    finally:
+        process.terminate()
+        process.wait(60)
