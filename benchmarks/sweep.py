@@ -22,14 +22,14 @@ def one_by_one(folder, out):
         subprocess.run([sys.executable, "-m", "papermill", str(ROOT/"nbs/train.ipynb"), f"{out}/{layer}.ipynb", "--no-progress-bar", *pairs], check=True, capture_output=True, cwd=ROOT, env=os.environ | dict(FINETUNE_KIT_RUNS=folder))
 
 
-def as_sweep(folder, out):
+def as_sweep(folder, out, *options):
     Path(out, "cuts.json").write_text(json.dumps(dict(fixed=FIXED, grid=dict(drop_layer=list(range(CUTS))))))
-    subprocess.run([str(Path(sys.executable).parent/"finetune-kit"), "sweep", f"{out}/cuts.json", "--jobs", str(JOBS)], check=True, stdout=sys.stderr, cwd=ROOT, env=os.environ | dict(FINETUNE_KIT_RUNS=folder))
+    subprocess.run([str(Path(sys.executable).parent/"finetune-kit"), "sweep", f"{out}/cuts.json", "--jobs", str(JOBS), *options], check=True, stdout=sys.stderr, cwd=ROOT, env=os.environ | dict(FINETUNE_KIT_RUNS=folder))
 
 
 def main():
     took, found = {}, {}
-    for name, f in (("finetune-kit sweep", as_sweep), ("papermill, one after another", one_by_one)):
+    for name, f in (("finetune-kit sweep --warm", lambda *folders: as_sweep(*folders, "--warm")), ("finetune-kit sweep", as_sweep), ("papermill, one after another", one_by_one)):
         with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as out:
             start = time.perf_counter()
             f(folder, out)

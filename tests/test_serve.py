@@ -154,14 +154,22 @@ def test_no_request_breaks_the_service(service):
     schema = schemathesis.openapi.from_url(service[0] + "/openapi.json")
     tried = []
 
-    for operation in schema.get_all_operations():
-        @given(operation.ok().as_strategy())
+    def attack(operation, mode, change=lambda case: None):
+        @given(operation.ok().as_strategy(generation_mode=mode))
         @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
         def each(case):
+            change(case)
             response = case.call(headers={"Authorization": f"Bearer {KEY}"})
             tried.append(response.status_code)
             assert response.status_code < 500 or response.json()["error"]["code"] == "model_not_loaded", response.text
         each()
+
+    def served(case): case.body = case.body | dict(model="base", max_tokens=2) if isinstance(case.body, dict) else case.body
+    for operation in schema.get_all_operations():
+        attack(operation, schemathesis.GenerationMode.POSITIVE)
+        if not operation.ok().body: continue
+        attack(operation, schemathesis.GenerationMode.POSITIVE, served)      # a made-up model would end nearly all of them
+        attack(operation, schemathesis.GenerationMode.NEGATIVE)
     assert len(tried) > 50 and {200, 422} <= set(tried)
 
 
