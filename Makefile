@@ -37,7 +37,7 @@ test: setup ## the asserts beside each export, then what crosses a process
 	python -m pytest tests -q -m "not slow and not gpu" --durations 8
 
 test-all: setup ## the slow ones and, with a GPU, its tests too
-	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[harness]"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[harness,trackers]"
 	$(TEST) nbdev_test --n_workers 2 --do_print --flags "slow$(if $(GPU), gpu)"
 	python -m pytest tests -q --durations 8
 

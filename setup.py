@@ -22,7 +22,7 @@ setup(
     packages=find_packages(include=[cfg["lib_path"]]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "gpu", "onnx", "demo", "harness")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "gpu", "onnx", "demo", "harness", "trackers")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,
 )

@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from .core import *
+from .model import quiet
 from .surgery import load_for_inference
 from .infer import Request, check_room, complete, context, merge_where_exact, prompt_ids
 from .export import Source, find_model
@@ -72,6 +73,7 @@ class Engine:
         load=load_for_inference, # Called with a path and `backend`
         backend:str="transformers", # As for `load_model`
     ):
+        with quiet(): import transformers   # now: imported by two threads at once, it fails in one of them
         self.keep, self.batch_size, self.wait, self.max_queue, self.max_prompt, self.load, self.backend = keep, batch_size, wait_ms/1000, max_queue, max_prompt, load, backend
         self.loaded, self.jobs, self.ready, self.open = OrderedDict(), deque(), threading.Condition(), True
         self.batches, self.running = [], 0    # sizes of the batches since they were last read; jobs in the present one
@@ -337,6 +339,7 @@ def create_app(
 
     def failed(status, body, headers=None): return JSONResponse(body, status, dict(headers or {}) | ({"Retry-After": "1"} if status == 429 else {}) | ({"WWW-Authenticate": "Bearer"} if status == 401 else {}))
     @app.exception_handler(FineTuneError)
+    @app.exception_handler(Exception)
     async def refused(http, e): return failed(*error_of(e))
     @app.exception_handler(HTTPException)
     async def http_error(http, e): return failed(e.status_code, error_body(str(e.detail), e.status_code, {401: "invalid_api_key", 404: "not_found"}.get(e.status_code, "http_error")), e.headers)

@@ -97,7 +97,29 @@ def test_the_batch_of_a_nan_is_kept(rows, tmp_path):
     assert len(kept) == 4 and {e["id"] for e in kept} <= {e["id"] for e in rows} and all(e["input_ids"] for e in kept) and not list(tmp_path.glob("checkpoint-*"))
 
 
-def test_tensorboard(rows, tmp_path):
-    pytest.importorskip("tensorboard")
-    train(*cut(), rows, TrainConfig(**(CFG | dict(max_steps=2, save_every=0, report_to="tensorboard"))), folder=tmp_path)
-    assert list(tmp_path.rglob("events.out.tfevents.*"))
+@pytest.mark.slow
+def test_two_processes_killed_go_on_and_leave_none_behind(rows, tmp_path):
+    import psutil, time
+    whole, killed = tmp_path/"whole"/"checkpoints", tmp_path/"killed"/"checkpoints"
+    uninterrupted = child(rows, whole, nproc=2)
+    sent = child(rows, killed, kill_at=5, nproc=2)
+    assert sent[-1] != uninterrupted[-1] and newest_checkpoint(killed).name == "checkpoint-4"
+    deadline = time.time() + 60
+    def workers(): return [p for p in psutil.process_iter(["cmdline"]) if "finetune_kit.trainer" in (p.info["cmdline"] or []) and "torch.distributed.run" not in p.info["cmdline"]]
+    while workers() and time.time() < deadline: time.sleep(.5)
+    assert not workers()
+    assert child(rows, killed, nproc=2) == uninterrupted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tracker, left", [("wandb", "wandb/offline-run-*/*.wandb"), ("trackio", "trackio/finetune_kit*.db"), ("tensorboard", "tensorboard/events.out.tfevents.*")])
+def test_a_tracker_gets_losses_and_leaves_its_files_beside_the_run(rows, tmp_path, monkeypatch, tracker, left):
+    "No account and no network: what trackers keep on this machine. Two trainings of one process are two runs."
+    pytest.importorskip(tracker)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path/"b"/"trackio"))
+    for name in "ab": train(*cut(), dict(train=rows, validation=rows[:4]), TrainConfig(**(CFG | dict(max_steps=2, save_every=0, report_to=tracker))), folder=tmp_path/name/"checkpoints")
+    found = list((tmp_path/"b").glob(left))
+    assert len(found) == 1 and found[0].stat().st_size > 200
+    text = found[0].read_bytes()
+    assert b"eval" in text and b"grad_norm" in text

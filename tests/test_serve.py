@@ -182,7 +182,7 @@ def test_a_minute_of_32_streams(tmp_path):
         port = s.getsockname()[1]
     process = subprocess.Popen([sys.executable, "-c", "from finetune_kit.cli import main; main()", "serve", "--port", str(port), "--no-runs", "--model", f"base={ROOT/'data/tiny-base'}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0, timeout=300)
-    asked = [f"{'Repeat' if n % 2 else 'Reverse'}: {' '.join(('moon gate duck wolf rain cup hill boat'.split()*2)[n%8:n%8+2+n%4])}" for n in range(32)]
+    asked = [f"{'Repeat' if n % 2 else 'Reverse'}: {' '.join(('moon gate duck wolf rain cup hill boat'.split()*2)[n%8:n%8+2+n//8])}" for n in range(32)]
     def stream(q): return "".join(c.choices[0].delta.content or "" for c in ask(client, q, max_tokens=16, stream=True) if c.choices)
     try:
         deadline = time.time() + 300
