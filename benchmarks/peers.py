@@ -170,6 +170,11 @@ def ragged(case):
     return texts, block_influence(case.model, [dict(both, labels=both["input_ids"].where(both["attention_mask"].bool(), -100))])
 
 
+def with_bos(case, ids):
+    "BOS in each row's first place."
+    return torch.cat([torch.full((len(ids), 1), case.tokenizer.bos_token_id), ids[:, 1:]], 1)
+
+
 def sleb_faults(folder, case):
     order, loss = sleb(folder, case)()
     true = greedy(case.model, case.batch, case.k).nll[0]*(case.ids.numel() - len(case.ids))
