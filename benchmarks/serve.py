@@ -8,16 +8,13 @@ import argparse, contextlib, platform, socket, statistics, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx, openai, torch
+import httpx, openai, pandas as pd, torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from finetune_kit.core import resolve_path
+from finetune_kit.core import ROOT, resolve_path
 from finetune_kit.serve import create_app, serving
 
-WORDS = "moon gate duck wolf rain cup hill boat fork rope hand sun".split()
-
-
-def questions(n): return [f"{'Repeat' if i % 2 else 'Reverse'}: {WORDS[i % 12]} {WORDS[(i+3) % 12]} {WORDS[(5*i+1) % 12]}" for i in range(n)]
+def questions(n): return [f"The {animal} {'lives' if i % 2 else 'eats'}" for i, animal in enumerate(pd.read_csv(ROOT/"data/species.csv").name[:n])]
 
 
 def timed(f):
@@ -63,7 +60,6 @@ def main():
     asked = questions(a.requests)
     with serving(create_app({"m": a.model}, runs=False)) as url:
         client = openai.OpenAI(base_url=url + "/v1", api_key="-", timeout=600)
-        # text is continued, not answered: every request then has the same number of tokens
         def one(q): return client.completions.create(model="m", prompt=q, max_tokens=a.tokens)
         def together():
             with ThreadPoolExecutor(a.requests) as pool: return list(pool.map(one, asked))

@@ -115,7 +115,11 @@ def load_model(
     fast = None if plain else load_unsloth()
     if backend == "unsloth" and fast is None: raise ModelLoadError("backend='unsloth', but it cannot be imported; `make setup` installs it, backend='transformers' does without")
     try:
-        with quiet(): model = _load_unsloth(fast, path if path.is_dir() else name, quant, args, max_length) if fast else _load_plain(path if path.is_dir() else name, device, args)
+        where = path if path.is_dir() else name
+        with quiet(): model = _load_unsloth(fast, where, quant, args, max_length) if fast else _load_plain(where, device, args)
+        if quant and fast and backend == "auto" and not getattr(model, "is_quantized", False):
+            log.info("unsloth finds that bitsandbytes cannot train in %s on this machine; loaded by transformers", quant)
+            with quiet(): fast, model = None, _load_plain(where, device, args)
     except FineTuneError: raise
     except Exception as e: raise ModelLoadError(f"cannot load {str(name)!r} ({type(e).__name__}): {e}") from e
     if quant and not getattr(model, "is_quantized", False): raise ModelLoadError(f"{name}: asked for {quant}, but it was loaded in {model.dtype}; backend='transformers' quantises everywhere")
@@ -130,7 +134,9 @@ def _load_plain(name, device, args):
     return model
 
 def _load_unsloth(fast, name, quant, args, max_length):
-    model, _ = fast.from_pretrained(str(name), max_seq_length=max_length, dtype=args["dtype"], load_in_4bit=quant == "4bit", load_in_8bit=quant == "8bit",
+    import torch
+    with torch.enable_grad(): model, _ = fast.from_pretrained(   # on a CPU it tries a backward pass before it quantises
+        str(name), max_seq_length=max_length, dtype=args["dtype"], load_in_4bit=quant == "4bit", load_in_8bit=quant == "8bit",
         trust_remote_code=args["trust_remote_code"], use_exact_model_name=True, use_safetensors=True, **({"attn_implementation": args["attn_implementation"]} if args["attn_implementation"] else {}))
     return model
 

@@ -10,7 +10,7 @@ __all__ = ['ERRORS', 'UnknownModelError', 'BusyError', 'Catalogue', 'Job', 'Engi
 # %% ../nbs/17_serve.ipynb #7e100003
 import asyncio, contextlib, gc, hmac, json, threading, time, uuid
 from collections import OrderedDict, deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -31,6 +31,7 @@ class Catalogue:
     "What is served: models by hand, and the registry's finished runs, read anew at each question."
     models:dict # Name → folder or hub id
     runs:bool=True # Serve the runs
+    found:dict=field(default_factory=dict, repr=False) # What was looked up before: to read a configuration takes longer than a short answer
 
     def names(self)->list[str]:
         "All names, those by hand first."
@@ -41,9 +42,15 @@ class Catalogue:
         name:str, # As a client wrote it
     )->Source:
         "`UnknownModelError` with the names there are."
-        if name in self.models: return replace(find_model(self.models[name]), name=name)   # a client sees no path
-        if name not in self.names(): raise UnknownModelError(f"unknown model {choices(name, self.names())}")
-        return find_model(load_run(name).folder)
+        run = None if name in self.models else self._run(name)
+        key = name, run and (run/"run.json").stat().st_mtime_ns   # a run that was made again is looked up again
+        if key not in self.found: self.found[key] = find_model(run) if run else replace(find_model(self.models[name]), name=name)   # a client sees no path
+        return self.found[key]
+
+    def _run(self, name):
+        known = self.runs and any(p.name == name and (p/"model").is_dir() and (p/"run.json").exists() for p in runs_folder().glob("*"))
+        if not known or load_run(name).info["status"] != "done": raise UnknownModelError(f"unknown model {choices(name, self.names())}")
+        return runs_folder()/name
 
 # %% ../nbs/17_serve.ipynb #7e100009
 @dataclass

@@ -159,7 +159,7 @@ def test_no_request_breaks_the_service(service):
         @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
         def each(case):
             change(case)
-            response = case.call(headers={"Authorization": f"Bearer {KEY}"})
+            response = case.call(headers={"Authorization": f"Bearer {KEY}"}, timeout=300)
             tried.append(response.status_code)
             assert response.status_code < 500 or response.json()["error"]["code"] == "model_not_loaded", response.text
         each()

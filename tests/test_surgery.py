@@ -70,6 +70,7 @@ def test_unsloth_merge_that_reads_the_weights_again(tmp_path):
     """`merge_and_overwrite_lora`, which unsloth's `save_pretrained_merged` calls on a GPU: with the whole base's name, adapter i goes into the original layer i.
     A model cut by `apply_plan` is refused, one cut by `save_cut` is merged right. unsloth's CPU merge works in memory, and is right."""
     unsloth_process('''
+import unsloth
 from unsloth_zoo.saving_utils import merge_and_overwrite_lora
 from transformers import AutoModelForCausalLM
 
