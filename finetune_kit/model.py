@@ -7,24 +7,34 @@ __all__ = ['quiet', 'model_config', 'n_layers', 'hold_memory', 'load_unsloth', '
            'lora_targets', 'add_lora', 'merge_lora', 'count_parameters', 'memory_forecast', 'peak_memory']
 
 # %% ../nbs/03_model.ipynb #0ee085f4
-import contextlib, io, json, os, tempfile, warnings
+import contextlib, io, json, logging, os, tempfile, threading, warnings
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
 from .core import *
 from .data import is_hub_id
 
 # %% ../nbs/03_model.ipynb #ae011316
+_hush = SimpleNamespace(lock=threading.Lock(), depth=0, undo=None)
+
 @contextlib.contextmanager
 def quiet():
-    "Keep banners, warnings and progress bars of the libraries below out of a report. An exception still gets out."
-    import logging
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    "Keep banners, warnings and progress bars of the libraries below out of a report. An exception still gets out. Blocks may be nested, or overlap in threads: the first one silences, the last one restores."
+    with _hush.lock:
+        _hush.depth += 1
+        if _hush.depth == 1:
+            _hush.undo = contextlib.ExitStack()
+            for silence in (warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())): _hush.undo.enter_context(silence)
             warnings.simplefilter("ignore")
-            yield
-    finally: logging.disable(logging.NOTSET)
+            logging.disable(logging.WARNING)
+    try: yield
+    finally:
+        with _hush.lock:
+            _hush.depth -= 1
+            if not _hush.depth:
+                _hush.undo.close()
+                logging.disable(logging.NOTSET)
 
 # %% ../nbs/03_model.ipynb #48c7e6e5
 def model_config(
