@@ -134,12 +134,12 @@ def test_env_file_is_read(tmp_path, monkeypatch):
 def test_parity_run(warm, tmp_path):
     import torch
     from finetune_kit.model import add_lora
-    from finetune_kit.surgery import save_cut
+    from finetune_kit.surgery import drop, save_adapter
     model, tok = prepared(ROOT/"data/tiny-base", 7)
     model = add_lora(model, 8)
     for n, p in model.named_parameters():
         if "lora_B" in n: torch.nn.init.normal_(p, std=.01)      # adapters that do something
-    save_cut(model, tok, tmp_path/"healed")
+    save_adapter(model, tok, tmp_path/"healed", ROOT/"data/tiny-base", drop(12, 7))
     done = warm(tmp_path/"o.ipynb", tmp_path/"runs", "nbs/parity.ipynb", model=tmp_path/"healed", onnx=False, prompts=3)
     assert done.returncode == 0, done.stderr[-3000:]
     r = json.loads(next((tmp_path/"runs").glob("parity-*/run.json")).read_text())
