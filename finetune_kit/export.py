@@ -249,7 +249,7 @@ def export_gguf(
     model, tokenizer, # As from `load_whole`
     file:str|Path, # To write: "name.gguf"
     dtype:str="f32", # Of the matrices: "f32" (exact) or "f16" (half the room, rounded)
-    llama_cpp:str|Path|None=None, # llama.cpp's folder: its own `convert_hf_to_gguf.py` writes the file, for any architecture that it knows
+    llama_cpp:str|Path|None=None, # llama.cpp's folder: its own `convert_hf_to_gguf.py` writes the file, for any architecture and published tokenizer that it knows
 )->Path: # `file`
     "GGUF with tokenizer, template and stop tokens, read back through transformers: `ModelError` where the logits differ, `UnsupportedModelError` before anything is written."
     import gguf
@@ -290,7 +290,10 @@ def _convert(model, tokenizer, file, dtype, llama_cpp):
     with tempfile.TemporaryDirectory() as d:
         export_merged(model, tokenizer, d)
         done = subprocess.run([sys.executable, str(script), d, "--outfile", str(file.resolve()), "--outtype", dtype], capture_output=True, text=True)
-    if done.returncode: raise ModelError(f"{script} failed:\n{done.stderr[-2000:]}")
+    if done.returncode: raise ModelError(f"{script} failed:\n{done.stderr[-2000:]}\nIt knows a byte-level tokenizer only by a digest that it lists; the kit's own writer (without llama_cpp) goes by the rule")
+    try: read_back(model, file, dtype)
+    except FineTuneError: raise
+    except Exception as e: log.warning("%s was not compared: transformers' GGUF reader does not take it (%s: %s)", file.name, type(e).__name__, e)
     return file
 
 # %% ../nbs/16_export.ipynb #6e100013

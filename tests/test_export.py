@@ -65,6 +65,36 @@ def test_onnx_is_the_same_model(tmp_path, name, folder):
     check_parity(parity(dict(model=torch_logits(model), onnx=onnx_logits(export_onnx(model, tmp_path/"m.onnx"))), prompts(tok), 10, end_ids(tok)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("name, folder", list(models()))
+def test_llama_cpp_has_the_last_word(tmp_path, name, folder, spec):
+    "It splits text into the same tokens, template's markers included, and answers with the same greedy ones."
+    llama_cpp = pytest.importorskip("llama_cpp")
+    import torch
+    from conftest import REAL
+    from finetune_kit.export import export_gguf, llamacpp_tokens
+    model, tok = prepared(folder, spec)
+    file = export_gguf(model, tok, tmp_path/"m.gguf")
+    vocabulary = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
+    texts = ["Once upon a time, there was", "12+7=19, isn't it?  Ja: «grün» 你好 🦦\n\n  two spaces"] + ([*json.loads((REAL/"tinystories_clean.json").read_text())[:20]] if REAL.is_dir() else [])
+    for text in texts: assert vocabulary.tokenize(text.encode(), add_bos=False, special=True) == tok(text, add_special_tokens=False).input_ids
+    for ids in prompts(tok):
+        expect = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False, eos_token_id=-1)[0, len(ids):].tolist()
+        assert llamacpp_tokens(file, ids, 24) == expect
+
+
+@pytest.mark.slow
+def test_llama_cpp_writes_the_same(tmp_path, real):
+    "LLAMA_CPP: llama.cpp's folder, whose converter writes a cut of real weights; the file is read back and compared."
+    if not (folder := os.environ.get("LLAMA_CPP")): pytest.skip("LLAMA_CPP=/path/to/llama.cpp names its folder")
+    from finetune_kit.core import ModelError
+    from finetune_kit.export import export_gguf, read_back
+    model, tok = prepared(real/"stories260K", 1)
+    read_back(model, export_gguf(model, tok, tmp_path/"m.gguf", llama_cpp=folder))
+    with pytest.raises(ModelError, match="only by a digest"): export_gguf(*prepared(ROOT/"data/tiny-base", None), tmp_path/"no.gguf", llama_cpp=folder)
+
+
 class Hub(BaseHTTPRequestHandler):
     "As much of the Hub as one commit needs; the commit itself fails twice."
     failures, files, tokens = 0, {}, set()
