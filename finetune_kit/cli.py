@@ -7,7 +7,7 @@ __all__ = ['app', 'ASKED', 'logs', 'run', 'runs', 'plan', 'data', 'main', 'train
            'compare', 'chat', 'serve', 'demo', 'export', 'upload']
 
 # %% ../nbs/18_cli.ipynb #84733a12
-import glob, json, sys, tempfile
+import glob, json, re, sys, tempfile
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -35,13 +35,17 @@ _Dials = Annotated[Optional[list[str]], typer.Option("-p", "--parameter", metava
 _Out = Annotated[Optional[Path], typer.Option("-o", "--output", help="Where to keep the executed notebook, besides the run's report")]
 
 def _parameters(pairs):
-    "Pairs as typed, with their values read as YAML: 7, '7,9', [7, 8], true, none."
+    "Pairs as typed. Numbers, true, false, none and what stands in [] or {} are read; all else is text, to the letter: 7, '7,9', [7, 8], 'Be brief: no #'."
     import yaml
     def read(text):
-        if text.strip().lower() in ("none", "null", ""): return None
-        try: return yaml.safe_load(text)
+        bare = text.strip()
+        if bare.lower() in ("none", "null", ""): return None
+        if bare.lower() in ("true", "false"): return bare.lower() == "true"
+        if re.fullmatch(r"[-+]?\d+", bare): return int(bare)
+        if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", bare): return float(bare)
+        try: return yaml.safe_load(bare) if bare[0] in "[{" else text
         except yaml.YAMLError: return text       # a Jinja template, say
-    return {k: read(v) for k, v in zip(pairs[::2], pairs[1::2])}
+    return {k: read(v) for k, v in pairs}
 
 def _execute(notebook, parameter, output):
     "Run a notebook, and find the path of the report that it prints; None where it leaves none."
@@ -49,7 +53,9 @@ def _execute(notebook, parameter, output):
     from papermill.exceptions import PapermillExecutionError
     path = resolve_path(notebook)
     if not path.exists(): raise InvalidConfigError(f"no notebook {str(notebook)!r}; there are: {', '.join(sorted(p.name for p in (ROOT/'nbs').glob('[a-z]*.ipynb')))}")
-    values = _parameters([part for p in parameter or [] for part in p.split("=", 1)])
+    pairs = [p.partition("=") for p in parameter or []]
+    if bad := [name for name, mark, _ in pairs if not (name and mark)]: raise InvalidConfigError(f"-p {bad[0]}: a value is missing; -p NAME VALUE, or -p NAME=VALUE")
+    values = _parameters([(name, value) for name, _, value in pairs])
     known = papermill.inspect_notebook(str(path))
     if unknown := [k for k in values if k not in known]: raise InvalidConfigError(f"{path.name}: unknown parameter {choices(unknown[0], known)}")
     with tempfile.TemporaryDirectory() as d:
@@ -204,7 +210,7 @@ def benchmark(
     from finetune_kit.runs import load_run, side_by_side
     report = _evaluate(run_ids, source, [f"speed={prompts}", *(parameter or [])], output)
     looked = load_run(report.parent.name).info
-    found = {id: load_run(id).evaluation(looked["hashes"]["data"]) for id in looked["metrics"]}
+    found = {id: load_run(id).evaluation(looked["evaluation"]) for id in looked["metrics"]}
     if as_json: return print(json.dumps(dict(report=str(report), runs=found)))
     for id, e in found.items(): print(f"{id} on {e['data']}: {e['items']} items, {e['speed']['base']['n_timed']} prompts timed, {e['device']}", side_by_side(e).to_string(), "", sep="\n")
     _say(report, False)
@@ -273,7 +279,7 @@ def chat(
     from finetune_kit.surgery import load_for_inference
     source = find_model(model)
     source.check_domain(domain)
-    net, tokenizer = load_for_inference(source.path, backend=backend)
+    net, tokenizer = load_for_inference(source.path, quant=source.quant, backend=backend)   # as it was trained and measured
     talk = Chat(merge_where_exact(net), tokenizer, system, max_tokens, temperature, top_p, seed, domain=domain)
     def ask(text):
         for piece in talk.stream(text): print(piece, end="", flush=True)
@@ -343,8 +349,9 @@ def upload(
     public:Annotated[bool, typer.Option("--public", help="Make a new repository public")]=False,
 ):
     "Put a model with a card onto the Hub: `finetune-kit upload train-drop7 me/otter`, then again with --go. HF_TOKEN comes from the environment or .env."
-    from finetune_kit.export import TARGETS, export, find_model, model_card, upload as send
+    from finetune_kit.export import TARGETS, check_upload, export, find_model, model_card, upload as send
     if what not in ("adapter", *TARGETS[:3]): raise InvalidConfigError(f"what {choices(what, ['adapter', *TARGETS[:3]])}")
+    check_upload(repo, not go)
     source = find_model(run)
     with tempfile.TemporaryDirectory() as d:
         name = Path(d)/(what if what == "merged" else f"{Path(source.name).name}.{what}")

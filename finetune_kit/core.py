@@ -7,9 +7,9 @@ __all__ = ['ROOT', 'log', 'FineTuneError', 'ConfigurationError', 'InvalidConfigE
            'IncompatibleConfigError', 'ModelError', 'ModelLoadError', 'ModelNotFoundError', 'UnsupportedModelError',
            'DatasetError', 'DatasetLoadError', 'NoTextColumnsError', 'EmptyDatasetError', 'MaskError', 'TrainingError',
            'OutOfMemoryError', 'NaNLossError', 'CheckpointError', 'EvaluationError', 'MetricComputationError',
-           'find_root', 'resolve_path', 'runs_folder', 'write_atomic', 'digest', 'seed_everything', 'detect_device',
-           'choices', 'Registry', 'parse_layers', 'load_config', 'log_fields', 'log_to', 'stop_log', 'setup_logging',
-           'timed']
+           'find_root', 'read_env', 'resolve_path', 'runs_folder', 'write_atomic', 'digest', 'seed_everything',
+           'detect_device', 'choices', 'Registry', 'parse_layers', 'load_config', 'log_fields', 'log_to', 'stop_log',
+           'setup_logging', 'timed']
 
 # %% ../nbs/00_core.ipynb #e2f237bb
 import contextlib, difflib, hashlib, importlib.util, json, logging, operator, os, random, re, time
@@ -56,6 +56,13 @@ def find_root(
     return start
 
 ROOT = find_root()
+
+def read_env():
+    "Put what `.env` says, in the working directory and then in the project's root, into the environment where nothing is set: HF_TOKEN, WANDB_API_KEY. Done on import."
+    from dotenv import load_dotenv
+    for folder in (Path.cwd(), ROOT): load_dotenv(folder/".env")
+
+read_env()
 
 # %% ../nbs/00_core.ipynb #6bfb06f0
 def resolve_path(

@@ -10,7 +10,7 @@ __all__ = ['RunConfig', 'plan_of', 'check_config', 'StudyConfig', 'HealConfig', 
 import ast
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from .core import *
 from .chat import templates
@@ -40,11 +40,6 @@ class RunConfig(TrainConfig):
     eval_items:Annotated[int, Field(ge=2)] = 200                       # Held-out rows to evaluate on
     max_new_tokens:Annotated[int, Field(ge=1)] = 40                    # Longest generated answer, in tokens
 
-    @field_validator("drop_layer", "prune_after", mode="before")
-    def _no_bool(cls, value):
-        if isinstance(value, bool): raise ValueError("a bool is no layer; use 7, -1, '7,9', '20-24' or [7, 8]")
-        return value
-
 def plan_of(
     cfg:RunConfig, # Its `drop_layer` or `prune_after`
     model_or_n, # As for `drop`
@@ -73,9 +68,9 @@ def check_config(
 class StudyConfig(StrictConfig):
     "Everything that decides about a layer study's result."
     model:str = "data/tiny-base"                                       # Folder or hub id
-    data:str|list[str] = "data/domains"                                # First calibration set: its held-out rows, loss on the answers
+    data:str|list[str] = "data/domains"                                # First calibration set: its held-out rows (where it has no splits, any), loss on the answers
     other:str|list[str]|None = None                                    # Second calibration set; None: the same rows, loss on every token
-    mapping:dict[str,str]|None = None                                  # Fields of the data by hand
+    mapping:dict[str,str|list[str]]|None = None                        # Fields of the data by hand
     items:Annotated[int, Field(ge=4)] = 96                             # Rows of each set
     greedy_k:Annotated[int, Field(ge=0)] = 5                           # How many layers to remove greedily; 0: none
     blocks:bool = True                                                 # Also all blocks (i, n): layers squared in cost
@@ -87,7 +82,6 @@ class StudyConfig(StrictConfig):
     mem_gib:Annotated[float, Field(gt=0)] = 1.                         # Memory for branches and logits, in GiB
     batch_size:Annotated[int, Field(ge=1)] = 16                        # Rows a batch
     max_length:Annotated[int, Field(ge=8)] = 512                       # Longest row, in tokens
-    seed:Annotated[int, Field(ge=0)] = 0                               # Of the bootstrap and the order of runs
 
     @property
     def others(self)->list[str]: # "bfloat16", "4bit", …
@@ -97,6 +91,7 @@ class StudyConfig(StrictConfig):
 class HealConfig(RunConfig):
     "Everything that decides about a study of healing: a run's config, for several cuts."
     drop_layer:None = None                                             # Each of `layers` in turn
+    prune_after:None = None                                            # Not here
     layers:int|str|list[int]|None = None                               # Layers to take out, one at a time; None: all
     max_steps:Annotated[int, Field(ge=1)] = 60                         # Optimizer steps of each healing
     eval_every:Annotated[int, Field(ge=0)] = 0                         # Steps between validations; 0: only at the end
@@ -112,6 +107,7 @@ def check_study(
     if bad := [p for p in cfg.others if p not in ("bfloat16", "float16", "8bit", "4bit")]: raise InvalidConfigError(f"precision {choices(bad[0], ['bfloat16', 'float16', '8bit', '4bit'])}")
     if cfg.stream and (cfg.others or cfg.quant): raise IncompatibleConfigError(f"stream=True with precisions={cfg.precisions!r}, quant={cfg.quant!r}: layers from disk are read as they are; set precisions='' and quant=None")
     if cfg.greedy_k >= plan.n_layers: raise InvalidConfigError(f"greedy_k={cfg.greedy_k} not in 0..{plan.n_layers-1} ({plan.n_layers} layers; one must stay)")
+    if cfg.other == cfg.data: raise InvalidConfigError(f"other={cfg.other!r} is data: give another calibration set, or None, which counts every token of the same rows")
     for source in (cfg.data, cfg.other):
         if source and not is_hub_id(source): source_files(source)
     return plan
@@ -120,7 +116,7 @@ def check_study(
 class EvaluateConfig(StrictConfig):
     "Everything that decides about an evaluation of runs."
     runs:str|list[str] = "all"                                         # Which: "all" that are done and have a model, or ids
-    data:str|list[str] = "data/domains"                                # Its test rows; of a single file, all its rows
+    data:str|list[str] = "data/domains"                                # Its test rows; where it has no splits, all its rows, or if a run was trained on it, those held out then
     mapping:dict[str,str|list[str]]|None = None                        # Fields of the data by hand
     variant:Literal["math", "reasoning", "assistant"]|None = None      # What worked math problems are made into
     metrics:str = "exact_match,token_f1"                               # Of the generated answers, with commas between
@@ -131,7 +127,7 @@ class EvaluateConfig(StrictConfig):
     speed:Annotated[int, Field(ge=0)] = 0                              # Prompts to time base and tuned model on, in turns; 0: none
     tasks:str = ""                                                     # Tasks of lm-evaluation-harness to run as well, with commas between: "arc_easy,hellaswag"
     tasks_folder:str|None = None                                       # Of your own tasks' YAML; then those are the only ones known
-    quant:Literal["4bit", "8bit"]|None = None                          # How to quantise the models
+    quant:Literal["4bit", "8bit"]|None = None                          # How to quantise the models; None: each as in its training
     backend:Literal["auto", "unsloth", "transformers"] = "auto"        # Who loads them
 
     @property

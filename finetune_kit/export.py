@@ -6,7 +6,7 @@
 __all__ = ['GGUF_ARCH', 'SPLITS', 'UPLOADED', 'TARGETS', 'Source', 'find_model', 'check_exact', 'load_whole', 'export_merged',
            'probe_logits', 'check_same', 'split_name', 'piece_scores', 'plain_template', 'check_gguf', 'export_gguf',
            'read_back', 'llamacpp_tokens', 'export_onnx', 'onnx_logits', 'torch_logits', 'parity', 'check_parity',
-           'ParityConfig', 'secret', 'is_passing', 'with_retries', 'model_card', 'upload', 'export']
+           'ParityConfig', 'secret', 'is_passing', 'with_retries', 'model_card', 'check_upload', 'upload', 'export']
 
 # %% ../nbs/16_export.ipynb #6e100003
 import json, os, re, subprocess, sys, tempfile
@@ -21,7 +21,7 @@ from .core import *
 from .data import is_hub_id
 from .chat import end_ids, render
 from .model import load_model, merge_lora, model_config, n_layers, quiet
-from .surgery import LayerPlan, _read_plan, drop, llamacpp_recipe, load_for_inference, mergekit_recipe, save_cut
+from .surgery import PLAN_FILE, LayerPlan, _read_plan, drop, llamacpp_recipe, load_for_inference, mergekit_recipe, save_cut
 from .infer import prompt_ids
 from .trainer import StrictConfig
 from .dials import RunConfig, plan_of
@@ -55,8 +55,8 @@ def _run_source(name):
     if run.info["status"] != "done": raise ModelLoadError(f"run {run.id} is {run.info['status']!r}, not 'done': {run.info.get('error') or 'there is no finished model'}")
     folder = run.folder/run.info.get("artifacts", {}).get("model", "model")
     if folder.resolve().parent != run.folder.resolve() or not folder.is_dir(): raise ModelNotFoundError(f"run {run.id} kept no model in {run.folder/'model'}; a run of nbs/train.ipynb does")
-    cfg = RunConfig(**{k: v for k, v in run.info["config"].items() if k in RunConfig.model_fields})
-    domains = sorted({d for df in run.items().values() for d in df.domain if d}) if cfg.domain_tags else []
+    cfg = RunConfig.model_construct(**{k: v for k, v in run.info["config"].items() if k in RunConfig.model_fields})   # as it was: a tracker or a method of one's own need not be there to use the model
+    domains = (run.info.get("domains") or sorted({d for df in run.items().values() for d in df.domain if d})) if cfg.domain_tags else []
     whole = run.info["experiment"] == "train" and run.id.startswith("control-")
     plan = drop(model_config(cfg.model), None) if whole else plan_of(cfg, model_config(cfg.model))
     return Source(run.id, folder, cfg.model, plan, run.info, tuple(domains))
@@ -419,10 +419,8 @@ def secret(
     name:str, # HF_TOKEN, WANDB_API_KEY
 )->str: # Its value; the environment wins over `.env`
     "A secret from the environment, or from `.env` in the working directory or the project's root. `MissingConfigError` without."
-    from dotenv import dotenv_values
-    files = [p for p in (Path.cwd()/".env", ROOT/".env") if p.exists()]
-    value = os.environ.get(name) or next((v for f in files if (v := dotenv_values(f).get(name))), None)
-    if not value: raise MissingConfigError(f"{name} is not set; put {name}=… into {ROOT/'.env'} (git ignores it) or into the environment")
+    read_env()
+    if not (value := os.environ.get(name)): raise MissingConfigError(f"{name} is not set; put {name}=… into {ROOT/'.env'} (git ignores it) or into the environment")
     return value
 
 def is_passing(
@@ -459,18 +457,37 @@ def model_card(
     "What a stranger needs: base, plan, how to load, what was measured on which data. Paths of this machine are left out."
     import yaml
     info, base = source.info, source.base if is_hub_id(source.base) else Path(source.base).name
-    head = dict(library_name="peft" if to == "adapter" else "transformers", pipeline_tag="text-generation", tags=["finetune_kit", "layer-pruning"]) | (dict(base_model=source.base) if is_hub_id(source.base) else {})
+    adapter = to == "adapter" and (Path(source.path)/"adapter_config.json").exists()   # the run of a full fine-tuning keeps a whole model
+    head = dict(library_name="peft" if adapter else "transformers", pipeline_tag="text-generation", tags=["finetune_kit", "layer-pruning"]) | (dict(base_model=source.base) if is_hub_id(source.base) else {})
     data = info.get("config", {}).get("data")
     names = [str(d) if is_hub_id(d) else Path(d).name for d in ([data] if isinstance(data, str) else data or [])]
-    lines = [f"# {source.name}", "", f"`{base}` with {source.plan}" + (f", fine-tuned ({info['config']['method']}, {info['config']['max_steps']} steps, seed {info['config']['seed']})." if info else "."), ""]
+    lines = [f"# {source.name}", "", f"`{base}` with {source.plan}" + (f", fine-tuned ({info['config']['method']}, {(info.get('metrics') or {}).get('training', {}).get('steps', info['config']['max_steps'])} steps, seed {info['config']['seed']})." if info else "."), ""]
     if names: lines += [f"Data: {', '.join(names)} (hash `{info['hashes']['data']}`).", ""]
     if rows := list(_metric_rows(info.get("metrics") or {})):
         lines += ["Held-out results with 95% bootstrap intervals. The control is the whole base after the same fine-tuning.", "", "| state | NLL | exact match | measured on |", "|:--|:--|:--|:--|", *rows, ""]
     if source.domains: lines += [f"The training marked each question with its domain ({', '.join(source.domains)}), so it must be asked that way: `finetune_kit.data.tag_domain(messages, domain)`.", ""]
-    lines += ["The chat template is the one that was trained with." + (f" The adapter fits the base without layers {', '.join(map(str, source.plan.dropped))} only; `finetune_kit.surgery.load_for_inference` puts it there." if to == "adapter" and not source.plan.whole else ""), ""]
+    lines += ["The chat template is the one that was trained with." + (f" The adapter fits the base without layers {', '.join(map(str, source.plan.dropped))} only; `finetune_kit.surgery.load_for_inference` puts it there." if adapter and not source.plan.whole else ""), ""]
     return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n" + "\n".join(lines)
 
 # %% ../nbs/16_export.ipynb #6e100020
+def check_upload(
+    repo:str, # "owner/name" on the Hub
+    dry_run:bool=True, # Nothing is going to be sent
+):
+    "Find what would refuse an upload, before anything is exported for it: `InvalidConfigError` for a bad name, `MissingConfigError` without HF_TOKEN."
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo): raise InvalidConfigError(f"repo {repo!r}: 'owner/name' is needed")
+    if not dry_run: secret("HF_TOKEN")
+
+def _public(file):
+    "What is sent of a file: of an adapter's two, the base goes by its folder's name, not by its path on this machine."
+    if file.name not in ("adapter_config.json", PLAN_FILE): return file
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    for key in ("base_model_name_or_path", "base"):
+        if (path := facts.get(key)) and not is_hub_id(path):
+            log.warning("%s names the base %s, which only this machine has; others need it as a folder %r in their working directory, or upload --what merged", file.name, path, Path(path).name)
+            facts[key] = Path(path).name
+    return json.dumps(facts, indent=2).encode()
+
 UPLOADED = (".safetensors", ".json", ".jinja", ".gguf", ".onnx", ".data", ".model", ".txt") # Kinds of files that are uploaded
 
 def upload(
@@ -484,7 +501,7 @@ def upload(
 )->dict: # `repo`, `files` (name → bytes), `left_out`, `url` (None in a dry run)
     "Put a model onto the Hub in one commit. `InvalidConfigError` for a bad name or an empty folder, `MissingConfigError` without HF_TOKEN, `FineTuneError` where the Hub refuses."
     folder = Path(folder)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo): raise InvalidConfigError(f"repo {repo!r}: 'owner/name' is needed")
+    check_upload(repo, dry_run)
     found = sorted(p for p in folder.rglob("*") if p.is_file())
     files = {str(p.relative_to(folder)): p for p in found if p.suffix in UPLOADED and not p.name.startswith(".")}
     if not files: raise InvalidConfigError(f"nothing to upload in {folder}; kinds of files: {', '.join(UPLOADED)}")
@@ -493,7 +510,7 @@ def upload(
     token = secret("HF_TOKEN")
     from huggingface_hub import CommitOperationAdd, HfApi
     api = HfApi(endpoint=endpoint, token=token)
-    operations = [CommitOperationAdd(n, p) for n, p in files.items()] + [CommitOperationAdd("README.md", card.encode())]
+    operations = [CommitOperationAdd(n, _public(p)) for n, p in files.items()] + [CommitOperationAdd("README.md", card.encode())]
     try:
         with_retries(lambda: api.create_repo(repo, private=private, exist_ok=True), tries, wait)
         done = with_retries(lambda: api.create_commit(repo, operations, commit_message="Upload by finetune_kit"), tries, wait)

@@ -242,7 +242,7 @@ def plot_sweep(
     ax = fig.subplots()
     for n, state in enumerate(states):
         seen = table[table[f"{state}.{name}"].notna()]
-        at = seen[x].astype(str)
+        at = pd.Series(list(map(str, seen[x])), seen.index, dtype=object)   # None too is a label
         place = at.map(labels.index) + (n-(len(states)-1)/2)*.12 + at.groupby(at).cumcount()*.03
         ax.plot(place, seen[f"{state}.{name}"], "o", color=STATES[state], ms=4.5, label=state)
         if f"{state}.{name}_lo" in seen: ax.vlines(place, seen[f"{state}.{name}_lo"].astype(float), seen[f"{state}.{name}_hi"].astype(float), color=STATES[state], lw=1.4)

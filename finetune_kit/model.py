@@ -81,7 +81,7 @@ def load_unsloth(): # unsloth's `FastLanguageModel`, or None where it is not ins
 def pick_dtype(device:str): # torch dtype
     "bf16 where the GPU has it, fp16 on older ones, fp32 on a CPU (where training must be reproducible to the bit)."
     import torch
-    if device == "cuda": return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device == "cuda": return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.float16 if device == "mps" else torch.float32
 
 def _quantization(quant, dtype):

@@ -43,7 +43,7 @@ def content_hashes(
     backend = getattr(cfg, "backend", "auto")
     if backend == "auto": backend = "unsloth" if importlib.util.find_spec("unsloth") else "transformers"
     return dict(config=digest(asked), code=digest([*(_file_digest(p) for p in sorted(Path(finetune_kit.__file__).parent.glob("*.py"))), cells]),
-                data=digest([_file_digest(p) for p in files] or data), model=digest([_file_digest(p) for p in weights] or model),
+                data=digest([(p.name, _file_digest(p)) for p in files] or data), model=digest([_file_digest(p) for p in weights] or model),
                 template=digest(jinja.read_text() if template in (None, "own") and jinja.exists() else template), machine=digest([device or detect_device(), backend]))
 
 def run_id(
@@ -127,20 +127,20 @@ class Run:
         write_atomic(self.folder/"rejects.jsonl", "".join(f"{o}\n" for o in lines))
 
     def save_evaluation(self,
-        data:str, data_hash:str, # What it was evaluated on: its name, and its digest
+        data:str, key:str, # What it was evaluated on; a digest of that and of how it was asked
         metrics:dict, # State → its summary: "base", "tuned"
         **conditions, # Whatever else the numbers hold for
     ):
-        "Keep an evaluation of the run on other data beside it, in `evaluation-<data hash>.json`; several processes may do so at once."
-        write_atomic(self.folder/f"evaluation-{data_hash}.json", json.dumps(dict(data=data, data_hash=data_hash, metrics=metrics, made=time.time()) | conditions, indent=1, ensure_ascii=False, default=str))
+        "Keep an evaluation of the run on other data beside it, in `evaluation-<key>.json`; several processes may do so at once."
+        write_atomic(self.folder/f"evaluation-{key}.json", json.dumps(dict(data=data, metrics=metrics, made=time.time()) | conditions, indent=1, ensure_ascii=False, default=str))
 
     def evaluation(self,
-        data_hash:str, # As for `save_evaluation`
+        key:str, # As for `save_evaluation`
     )->dict:
         "An evaluation of the run on other data. `InvalidConfigError` with those there are where it is not one of them."
         there = {f.stem.removeprefix("evaluation-"): f for f in sorted(self.folder.glob("evaluation-*.json"))}
-        if data_hash not in there: raise InvalidConfigError(f"{self.id}: evaluation {choices(data_hash, there)}; make it with finetune-kit evaluate {self.id} --data ...")
-        return json.loads(there[data_hash].read_text(encoding="utf-8"))
+        if key not in there: raise InvalidConfigError(f"{self.id}: evaluation {choices(key, there)}; make it with finetune-kit evaluate {self.id} --data ...")
+        return json.loads(there[key].read_text(encoding="utf-8"))
 
     def finish(self,
         metrics:dict, # What came out, by state
@@ -154,6 +154,8 @@ class Run:
 
     def release(self):
         "Let go of the folder: recorder, log file and lock."
+        global _active
+        if _active is self: _active = None
         log.info("%s is %s", self.id, self.info.get("status"), extra=log_fields(run=self.id))
         if self.recorder: self.recorder.stop()
         stop_log(self.log_file)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STATE_ORDER', 'SPEED_ROWS', 'HEAVY', 'load_run', 'chosen_runs', 'list_runs', 'comparison', 'paired', 'paired_table',
-           'config_differences', 'side_by_side', 'evaluations', 'SweepSpec', 'read_spec', 'Planned', 'plan_sweep',
-           'Kernels', 'RunTask', 'to_do', 'forecast_sweep', 'most_jobs', 'sweep_table', 'sweep_page', 'write_page',
-           'slurm_script', 'sweep']
+           'config_differences', 'side_by_side', 'evaluations', 'SweepSpec', 'read_spec', 'Planned', 'spelled_out',
+           'plan_sweep', 'Kernels', 'RunTask', 'to_do', 'forecast_sweep', 'most_jobs', 'sweep_table', 'sweep_page',
+           'write_page', 'slurm_script', 'sweep']
 
 # %% ../nbs/15_runs.ipynb #15a00003
 import base64, contextlib, html, inspect, io, itertools, json, os, queue, re, signal, subprocess, sys, threading, time
@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from . import dials
 from .core import *
-from .dials import RunConfig, StudyConfig, check_config, check_study, read_dials
+from .dials import CompareConfig, EvaluateConfig, RunConfig, StudyConfig, check_config, check_study, read_dials
 from .record import Run, _read, content_hashes, run_id
 from .trainer import StrictConfig
 
@@ -51,11 +51,12 @@ def _numbers(metrics, before=""):
 
 def _evaluations(folder, names):
     "What `evaluate` wrote beside a run, as columns `data: state.metric`."
-    found = {}
+    made = []
     for name in sorted(n for n in names if n.startswith("evaluation-") and n.endswith(".json")):
-        try: e = json.loads((folder/name).read_text(encoding="utf-8"))
+        try: made.append(json.loads((folder/name).read_text(encoding="utf-8")))
         except ValueError: log.warning("%s is damaged; nbs/evaluate.ipynb writes it again", folder/name)
-        else: found |= _numbers(e["metrics"], f"{e['data']}: ") | _numbers(e.get("speed"), f"{e['data']}: ")
+    found = {}
+    for e in sorted(made, key=lambda e: e.get("made", 0)): found |= _numbers(e["metrics"], f"{e['data']}: ") | _numbers(e.get("speed"), f"{e['data']}: ")   # the newest has the last word
     return found
 
 def list_runs()->pd.DataFrame: # A row a run, newest first: `id`, `experiment`, `status`, `plan`, `seed`, `started`, `error`, metrics as `healed.nll`, evaluations as `gsm8k: tuned.nll`, …
@@ -92,7 +93,7 @@ def comparison(
 
 def paired(
     a:pd.DataFrame, b:pd.DataFrame, # Two evaluations, as from `evaluate_model`; items that only one of them has do not count
-    name:str="nll", # "nll" (per token) or a metric
+    name:str="nll", # "nll" (per token, an item counting as its tokens in `a`) or a metric
 )->dict: # `mean` of b − a, `lo`, `hi`, `p`, `n_items`; all None where they have no item in common
     "The paired difference on common items. McNemar 1947, Wilcoxon 1945."
     from finetune_kit.metrics import bootstrap
@@ -100,8 +101,9 @@ def paired(
     both = a.merge(b, on="id", suffixes=("_a", "_b")) if name in a and name in b else pd.DataFrame()
     if len(both): both = both.dropna(subset=[f"{name}_a", f"{name}_b"])
     if not len(both): return dict(mean=None, lo=None, hi=None, p=None, n_items=0)
-    gap, tokens = (both[f"{name}_b"] - both[f"{name}_a"]).astype(float), both.n_tokens_a if name == "nll" else None
-    each = gap/tokens if name == "nll" else gap
+    tokens = both.n_tokens_a if name == "nll" else None
+    each = (both.nll_b/both.n_tokens_b - both.nll_a/both.n_tokens_a if name == "nll" else both[f"{name}_b"] - both[f"{name}_a"]).astype(float)
+    gap = each*tokens if name == "nll" else each
     wins, losses = int((gap > 0).sum()), int((gap < 0).sum())
     if not wins + losses: p = 1.
     elif set(gap.unique()) <= {-1., 0., 1.} and name != "nll": p = binomtest(wins, wins+losses).pvalue
@@ -216,6 +218,15 @@ class Planned:
         "What `run.json` says."
         return _read(runs_folder()/self.id) if (runs_folder()/self.id/"run.json").exists() else dict(status="missing")
 
+def spelled_out(
+    cfg:EvaluateConfig|CompareConfig, # Its `runs`
+): # (the runs, the config with their ids)
+    "Which runs are meant, since \"all\" is another set tomorrow: those with a model to evaluate, or with items to compare by. `InvalidConfigError` for too few."
+    evaluated = isinstance(cfg, EvaluateConfig)
+    found = [r for r in chosen_runs(cfg.runs) if (r.info["experiment"] == "train" and (r.folder/"model").is_dir() if evaluated else (r.folder/"items.jsonl").exists())]
+    if len(found) < (1 if evaluated else 2): raise InvalidConfigError(f"runs={cfg.runs!r}: {len(found)} of them with {'a model; one is' if evaluated else 'items to compare by; two are'} needed. Make them with finetune-kit run nbs/train.ipynb")
+    return found, type(cfg)(**(dict(cfg) | dict(runs=[r.id for r in found])))
+
 def _notebook(path):
     "Of an experiment notebook: the values in its parameters cell, its name, and the class of its config."
     import papermill
@@ -226,7 +237,9 @@ def _notebook(path):
         if "parameters" in tags: exec(source, values)
     read, started = re.search(r"read_dials\(globals\(\)(?:, *(\w+))?\)", code), re.search(r"""start_run\(["'](\w+)["']""", code)
     if not (read and started and names): raise InvalidConfigError(f"{path.name}: needs a cell tagged parameters, read_dials(globals()) and start_run(...), or its runs have no id; see nbs/train.ipynb")
-    return {k: values[k] for k in names}, started[1], getattr(dials, read[1] or "RunConfig")
+    cls = getattr(dials, read[1] or "RunConfig", None)
+    if cls is None: raise InvalidConfigError(f"{path.name}: a sweep has to tell the ids of its runs beforehand, and cannot for {read[1]}; run it by itself")
+    return {k: values[k] for k in names}, started[1], cls
 
 def plan_sweep(
     spec:SweepSpec, # What to run
@@ -239,6 +252,7 @@ def plan_sweep(
     for asked in spec.combinations():
         if unknown := [k for k in asked if k not in defaults]: raise InvalidConfigError(f"{path.name}: unknown parameter {choices(unknown[0], defaults)}")
         cfg = read_dials(defaults | asked | dict(In=["# Parameters\n" + "".join(f"{k} = 0\n" for k in asked)]), cls)
+        if isinstance(cfg, (EvaluateConfig, CompareConfig)): _, cfg = spelled_out(cfg)
         plan = check_study(cfg) if isinstance(cfg, StudyConfig) else check_config(cfg) if isinstance(cfg, RunConfig) else None
         id, control = run_id(experiment, plan, content_hashes(experiment, cfg, plan, device)), digest({k: v for k, v in dict(cfg).items() if k not in ("drop_layer", "prune_after")})
         if id in seen: raise InvalidConfigError(f"two runs are one, {id}: {seen[id]} and {asked}; leave one out")
@@ -277,7 +291,9 @@ def _serve_forks(heavy):
         IPKernelApp.launch_instance(argv=ask["argv"][1:], parent_handle=os.getppid())   # ends itself within a second of its parent
         os._exit(0)
     for pid in children:
-        try: os.killpg(pid, signal.SIGKILL)
+        try:
+            with open(f"/proc/{pid}/stat") as f: parent = int(f.read().rpartition(")")[2].split()[1])
+            if parent == os.getpid(): os.killpg(pid, signal.SIGKILL)   # else another process has got its number since
         except OSError: continue
 
 class _Forked:
@@ -318,8 +334,9 @@ class Kernels:
         "Kill the kernels that run; `run.json` says `running` there, of a process that is gone, so that the next sweep runs them again."
         self.closed = True
         if self.warm: self.server.kill()
-        for pid in list(self.alive):
-            with contextlib.suppress(OSError): os.killpg(pid, signal.SIGKILL)
+        for kernel in list(self.alive):
+            with contextlib.suppress(OSError):
+                if kernel.is_running(): os.killpg(kernel.pid, signal.SIGKILL)   # and not what got its number since
 
     def fork(self,
         argv:list[str], env:dict, cwd:str, # Of the kernel: arguments, all its environment variables, working directory
@@ -337,6 +354,7 @@ class Kernels:
         **env, # Environment variables of this kernel only
     ): # A class of kernel managers, for papermill
         "What starts a kernel."
+        import psutil
         from jupyter_client import AsyncKernelManager
         kernels = self
         class Manager(AsyncKernelManager):
@@ -348,7 +366,7 @@ class Kernels:
                     self._reconcile_connection_info(self.provisioner.connection_info)
                 elif kernels.closed: raise FineTuneError("the sweep was stopped")
                 else: await super()._async_launch_kernel(kernel_cmd, **kw)
-                kernels.alive.add(self.provisioner.pid)
+                with contextlib.suppress(psutil.NoSuchProcess): kernels.alive.add(psutil.Process(self.provisioner.pid))
                 if kernels.closed: kernels.stop()      # it was stopped meanwhile
         return Manager
 
@@ -485,11 +503,17 @@ def write_page(
     return write_atomic(folder/"index.html", sweep_page(spec, table, note))
 
 # %% ../nbs/15_runs.ipynb #15f20002
+def _gpus():
+    "The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."
+    import torch
+    return [g.strip() for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g.strip()] or [str(n) for n in range(torch.cuda.device_count())]
+
 def _run_here(spec, left, jobs, warm, on_done):
     "As many at a time as `jobs`; a failure is that run's only."
     notebook, slots = str(resolve_path(spec.notebook)), queue.SimpleQueue()
     cuda = detect_device() == "cuda"
-    for n in range(jobs): slots.put(dict(CUDA_VISIBLE_DEVICES=str(n)) if cuda and jobs > 1 else {})
+    gpus = _gpus() if cuda and jobs > 1 else []
+    for n in range(jobs): slots.put(dict(CUDA_VISIBLE_DEVICES=gpus[n % len(gpus)]) if gpus else {})
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with Kernels(warm and not cuda, max(1, cores//jobs)) as kernels, ThreadPoolExecutor(jobs) as pool:
         def one(run):

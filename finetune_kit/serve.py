@@ -77,9 +77,11 @@ class Engine:
         wait_ms:float=5, # How long a first job waits for company
         max_queue:int=64, # Waiting jobs
         max_prompt:int|None=None, # Longest prompt, in tokens; None: what the model's context takes
-        load=load_for_inference, # Called with a path and `backend`
+        load=load_for_inference, # Called with a path, `backend` and `quant`
         backend:str="transformers", # As for `load_model`
     ):
+        for name, value in dict(keep=keep, batch_size=batch_size, max_queue=max_queue).items():
+            if value < 1: raise InvalidConfigError(f"{name} {value} not in 1..")
         with quiet(): import transformers   # now: imported by two threads at once, it fails in one of them
         self.keep, self.batch_size, self.wait, self.max_queue, self.max_prompt, self.load, self.backend = keep, batch_size, wait_ms/1000, max_queue, max_prompt, load, backend
         self.loaded, self.jobs, self.ready, self.open = OrderedDict(), deque(), threading.Condition(), True
@@ -123,7 +125,7 @@ class Engine:
             while len(self.loaded) >= self.keep:
                 self.loaded.popitem(last=False)
                 gc.collect()
-            try: model, tokenizer = self.load(source.path, backend=self.backend)
+            try: model, tokenizer = self.load(source.path, quant=source.quant, backend=self.backend)   # as it was trained and measured
             except Exception as e: raise ModelLoadError(f"{source.name} cannot be loaded ({type(e).__name__}): {e}") from e
             self.loaded[key] = merge_where_exact(model).eval(), tokenizer
         self.loaded.move_to_end(key)
@@ -177,6 +179,8 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
     include_usage:bool = False
 
+_Stop = Annotated[str, Field(min_length=1, max_length=200)]   # each is looked for at every token
+
 class Ask(BaseModel):
     "What both routes take."
     model_config = ConfigDict(extra="forbid")
@@ -185,7 +189,7 @@ class Ask(BaseModel):
     temperature:Annotated[float, Field(ge=0, le=10)]|None = None
     top_p:Annotated[float, Field(gt=0, le=1)]|None = None
     seed:Annotated[int, Field(ge=0, lt=2**63)]|None = None
-    stop:Annotated[str, Field(min_length=1)]|Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=16)]|None = None
+    stop:_Stop|Annotated[list[_Stop], Field(max_length=16)]|None = None
     stream:bool = False
     stream_options:StreamOptions|None = None
     domain:str|None = Field(None, description="For a run that was trained with domain_tags: the question's domain")

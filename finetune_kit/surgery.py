@@ -255,11 +255,12 @@ def _read_plan(folder):
     return base, plan
 
 def load_for_inference(
-    path:str|Path, # An adapter's folder, a run's folder (its `model`), or any checkpoint
+    path:str|Path, # An adapter's folder, a run's folder (its `model`), any checkpoint, or a base's hub id
     **load_args, # For `load_model`: quant, backend, device, …
 )->tuple: # (model in eval mode, tokenizer)
     "The tuned model, on the structure it was trained on. `ModelLoadError` where an adapter has no readable plan, `IncompatibleConfigError` where the base does not fit it."
     from peft import PeftConfig, PeftModel
+    if is_hub_id(str(path)): return load_model(str(path), **load_args)
     path = resolve_path(path)
     if (path/"run.json").exists(): path = path/"model"
     if not (path/"adapter_config.json").exists(): return load_model(path, **load_args)

@@ -12,9 +12,9 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-import pandas as pd
+import pandas as pd, yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .core import *
@@ -31,6 +31,9 @@ class StrictConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def __init__(self, **values):
+        for name, value in values.items():   # pydantic would take True for 1
+            kind = getattr(type(self).model_fields.get(name), "annotation", bool)
+            if isinstance(value, bool) and kind is not bool and bool not in get_args(kind): raise InvalidConfigError(f"{name}={value!r}: a bool is no value for it; its type is {getattr(kind, '__name__', kind)}")
         try: super().__init__(**values)
         except ValidationError as e: raise InvalidConfigError("; ".join(map(self._explain, e.errors()))) from None
 
@@ -47,6 +50,12 @@ class StrictConfig(BaseModel):
     ):
         "Read a config. `MissingConfigError` for no file, `InvalidConfigError` for bad values."
         return cls(**(load_config(path) | changes))
+
+    def to_yaml(self,
+        path:str|Path, # File to write
+    )->Path: # `path`
+        "Write what differs from the defaults, for `from_yaml` to read."
+        return write_atomic(path, yaml.safe_dump(self.model_dump(exclude_defaults=True), sort_keys=False, allow_unicode=True))
 
 class TrainConfig(StrictConfig):
     "How to train. Everything that decides about the result of a training, given model and data, is here."
@@ -96,7 +105,9 @@ def qlora(model, cfg):
 @methods("full")
 def full(model, cfg):
     "Every parameter."
+    import torch
     if getattr(model, "is_quantized", False): raise IncompatibleConfigError("method='full' cannot train quantised weights; set quant=None, or method='qlora'")
+    if model.dtype == torch.float16: model.float()   # small gradients vanish in fp16, and torch refuses to scale them there
     return model.requires_grad_(True)
 
 # %% ../nbs/10_trainer.ipynb #45f075c9
@@ -266,7 +277,9 @@ def _sft_class():
             while True:
                 try: return self._parts(model.train(), rows, self.accelerator.num_processes/scored)
                 except Exception as e:
-                    if not should_reduce_batch_size(e) or self.accelerator.num_processes > 1: raise
+                    if not should_reduce_batch_size(e): raise
+                    if self.accelerator.num_processes > 1: raise OutOfMemoryError(   # they would have to agree on smaller parts in the middle of a step
+                        f"{self.micro} rows do not fit into the memory of one of {self.accelerator.num_processes} processes; set a smaller batch_size and as much more accumulate, which keeps the result") from e
                 self._make_room(model)
 
         def _parts(self, model, rows, scale):
@@ -323,12 +336,12 @@ def _tracked(report_to, folder):
 
 def _callback(cfg, val_rows, rows, order, on_log, lines, folder):
     from transformers import TrainerCallback
-    per_step, best = cfg.batch_size*cfg.accumulate, _Best(folder)
+    per_step = cfg.batch_size*cfg.accumulate
     for line in lines: on_log(line) if on_log else None
 
     class Log(TrainerCallback):
         "Collects the log, validates, and stops at a loss that is no number or that gets no better."
-        def __init__(self): self.start = time.perf_counter() - (lines[-1]["seconds"] if lines else 0)
+        def __init__(self): self.start, self.best = time.perf_counter() - (lines[-1]["seconds"] if lines else 0), _Best(folder)
 
         def on_log(self, args, state, control, logs=None, model=None, **kwargs):
             if "loss" not in logs: return
@@ -341,15 +354,18 @@ def _callback(cfg, val_rows, rows, order, on_log, lines, folder):
             if cfg.patience and "val_loss" in line: self.judge(model, control)
 
         def judge(self, model, control):
-            seen = [o["val_loss"] for o in lines if "val_loss" in o]
-            worse = len(seen)-1 - seen.index(min(seen))
-            if not worse: best.keep(model)
+            if not (worse := _since_best(lines)): self.best.keep(model)
             control.should_training_stop = control.should_training_stop or worse >= cfg.patience
 
         def on_train_end(self, args, state, control, model=None, **kwargs):
-            if cfg.patience: best.restore(model)
+            if cfg.patience: self.best.restore(model)
 
     return Log()
+
+def _since_best(lines):
+    "Validations since the one with the lowest loss."
+    seen = [o["val_loss"] for o in lines if "val_loss" in o]
+    return len(seen)-1 - seen.index(min(seen)) if seen else 0
 
 def train(
     model, tokenizer, # As from `load_model`, cut or whole
@@ -381,14 +397,15 @@ def train(
         trainer = sft(model=model, args=args, train_dataset=data, processing_class=tokenizer, data_collator=lambda some: SimpleNamespace(rows=some), order=order, micro=max(1, cfg.batch_size//cfg.nproc),
                       fused=backend == "unsloth" and not cpu, lines=lines, callbacks=[told, *(tracker() for tracker in get_reporting_integration_callbacks([cfg.report_to] if cfg.report_to != "none" else []))])   # `told` first: it adds the validation loss to what trackers get
         if os.environ.get("LOCAL_RANK") and trainer.accelerator.num_processes != cfg.nproc: raise TrainingError(f"nproc={cfg.nproc}, but {trainer.accelerator.num_processes} processes train together")
-        trainer.train(resume_from_checkpoint=str(done) if done else None)
+        if cfg.patience and _since_best(lines) >= cfg.patience: told.best.restore(model)   # it had stopped already when it was killed
+        else: trainer.train(resume_from_checkpoint=str(done) if done else None)
     model.kit_backend = backend
     tokens = sum(len(rows[i]["input_ids"]) for i in order[:len(lines)*cfg.batch_size*cfg.accumulate])
     return TrainResult(model.eval(), pd.DataFrame(lines), tokens, lines[-1]["seconds"], count_parameters(model), trainer.notes)
 
 # %% ../nbs/10_trainer.ipynb #10a50009
 def _in_processes(model, tokenizer, dataset, cfg, on_log, folder):
-    "As `train`, by `cfg.nproc` processes. `TrainingError` with their last words where they fail."
+    "As `train`, by `cfg.nproc` processes; it raises what one of them raised, or `TrainingError` with their last words."
     from safetensors.torch import load_file
     if hasattr(model, "peft_config"): raise IncompatibleConfigError("nproc > 1 with a model that has adapters already: merge them first, or set nproc=1")
     splits = dict(zip(("train", "validation"), _split(dataset)))
@@ -420,6 +437,9 @@ def _launch(command, job, on_log):
                 time.sleep(.2)
         finally:
             if p.poll() is None: os.killpg(p.pid, signal.SIGKILL)
+        for f in sorted(job.glob("error-*.json")) if p.returncode else ():
+            kind, text = json.loads(f.read_text())
+            raise globals()[kind](text)
         if p.returncode: raise TrainingError(f"the processes ended with code {p.returncode}:\n{(job/'out.txt').read_text()[-2000:]}")
 
 def _end_with(pid):
@@ -443,7 +463,10 @@ def _worker(job):
     model, tokenizer = load_model(job/"model", backend="transformers", device=f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device, dtype=model_config(job/"model").dtype)
     def on_log(line):
         with open(job/"log.jsonl", "a") as f: f.write(json.dumps(line, default=float) + "\n")
-    result = train(model, tokenizer, rows, cfg, on_log if first else None, asked["folder"])
+    try: result = train(model, tokenizer, rows, cfg, on_log if first else None, asked["folder"])
+    except FineTuneError as e:
+        write_atomic(job/f"error-{os.environ['RANK']}.json", json.dumps([type(e).__name__, str(e)]))
+        raise
     if not first: return
     save_file({n: p.detach().cpu().contiguous() for n, p in result.model.named_parameters() if p.requires_grad}, job/"trained.safetensors")
     (job/"result.json").write_text(json.dumps(dict(log=result.log.to_dict("records"), tokens=result.tokens, seconds=result.seconds, notes=result.notes), default=float))
