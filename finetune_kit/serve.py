@@ -19,7 +19,7 @@ from .core import *
 from .model import quiet
 from .surgery import load_for_inference
 from .infer import Request, check_room, complete, context, merge_where_exact, prompt_ids
-from .export import Source, find_model
+from .export import Source, find_model, with_retries
 from .runs import list_runs, load_run
 
 # %% ../nbs/17_serve.ipynb #7e100006
@@ -451,8 +451,10 @@ class Client:
         api_key:str|None=None, # Its key
         model:str|None=None, # What to ask; the first that is served by default
         timeout:float=600, # Seconds
+        tries:int=5, # How often a full queue or a refused connection is met before it is an error
     ):
         import httpx
+        self.tries, self.wait = tries, 1.
         self.http = httpx.Client(base_url=url, timeout=timeout, headers={"Authorization": f"Bearer {api_key}"} if api_key else {})
         self.model = model
 
@@ -463,6 +465,19 @@ class Client:
             except (ValueError, KeyError, TypeError): message = r.text[:200]
             raise FineTuneError(f"{r.status_code}: {message}")
         return r
+
+    def _ask(self, body):
+        "The service's answer, still to be read."
+        import httpx
+        def once():
+            try: r = self.http.send(self.http.build_request("POST", "/v1/chat/completions", json=body), stream=True)
+            except httpx.ReadTimeout: raise FineTuneError(f"no answer within {self.http.timeout.read:g} s; give a longer timeout, or a smaller max_tokens") from None
+            if r.status_code == 429:
+                r.read()
+                r.raise_for_status()
+            return r
+        try: return with_retries(once, self.tries, self.wait)
+        except httpx.HTTPStatusError as e: return e.response
 
     def models(self)->list[str]: # Names
         "What is served."
@@ -479,7 +494,9 @@ class Client:
     )->str: # The answer
         "Ask."
         body = self._body(asked, dict(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop, domain=domain))
-        return self._checked(self.http.post("/v1/chat/completions", json=body)).json()["choices"][0]["message"]["content"]
+        with contextlib.closing(self._ask(body)) as r:
+            self._checked(r).read()
+            return r.json()["choices"][0]["message"]["content"]
 
     def stream(self,
         asked:str|list[dict], # As for `chat`
@@ -487,7 +504,7 @@ class Client:
     ): # Yields pieces of the answer
         "Ask, and read the answer as it comes."
         body = self._body(asked, dict(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop, domain=domain, stream=True))
-        with self.http.stream("POST", "/v1/chat/completions", json=body) as r:
+        with contextlib.closing(self._ask(body)) as r:
             for line in self._checked(r).iter_lines():
                 if not line.startswith("data: ") or line == "data: [DONE]": continue
                 said = json.loads(line[6:])

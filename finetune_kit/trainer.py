@@ -7,7 +7,7 @@ __all__ = ['methods', 'TRACKERS', 'StrictConfig', 'TrainConfig', 'lora', 'qlora'
            'validation_loss', 'plain_loop', 'newest_checkpoint', 'train']
 
 # %% ../nbs/10_trainer.ipynb #dc080369
-import hashlib, importlib.util, json, math, os, shutil, signal, subprocess, sys, tempfile, threading, time
+import hashlib, importlib.util, json, math, os, re, shlex, shutil, signal, socket, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +77,7 @@ class TrainConfig(StrictConfig):
     patience:Annotated[int, Field(ge=0)] = 0                           # Stop after so many validations without a better one, and keep the best; 0: never
     save_every:Annotated[int, Field(ge=0)] = 50                        # Steps between checkpoints; 0: none
     checkpointing:bool = False                                         # Compute activations anew in the backward pass; by itself where not even one row fits
-    nproc:Annotated[int, Field(ge=1)] = 1                              # Processes (one a GPU) that share each step's rows
+    nproc:Annotated[int, Field(ge=1)] = 1                              # Processes (one a GPU) that share each step's rows; in a Slurm job of several nodes, over all of them
     max_length:Annotated[int, Field(ge=8)] = 512                       # Longest row, in tokens
     seed:Annotated[int, Field(ge=0)] = 0                               # Of adapters, order of rows and dropout
     report_to:str = "none"                                             # Trackers besides metrics.jsonl: "wandb", "trackio", "tensorboard"
@@ -408,18 +408,30 @@ def _in_processes(model, tokenizer, dataset, cfg, on_log, folder):
     "As `train`, by `cfg.nproc` processes; it raises what one of them raised, or `TrainingError` with their last words."
     from safetensors.torch import load_file
     if hasattr(model, "peft_config"): raise IncompatibleConfigError("nproc > 1 with a model that has adapters already: merge them first, or set nproc=1")
-    splits = dict(zip(("train", "validation"), _split(dataset)))
-    with tempfile.TemporaryDirectory() as d:
-        job = Path(d)
+    nodes, splits = int(os.environ.get("SLURM_JOB_NUM_NODES", 1)), dict(zip(("train", "validation"), _split(dataset)))
+    if cfg.nproc % nodes: raise InvalidConfigError(f"nproc={cfg.nproc} cannot be shared by the {nodes} nodes of this Slurm job; give a multiple of {nodes}")
+    if nodes > 1 and not folder: raise IncompatibleConfigError(f"a training on {nodes} nodes needs a `folder` that all of them see")
+    if folder: Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder if nodes > 1 else None) as d:
+        job = Path(d).resolve()
         with quiet(): model.save_pretrained(job/"model"); tokenizer.save_pretrained(job/"model")
         (job/"rows.json").write_text(json.dumps({s: [{k: e[k] for k in ("id", "input_ids", "labels") if k in e} for e in rows] for s, rows in splits.items()}))
-        (job/"job.json").write_text(json.dumps(dict(config=cfg.model_dump(), folder=str(Path(folder).resolve()) if folder else None, starter=os.getpid())))
-        _launch([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cfg.nproc}", "-m", "finetune_kit.trainer", d], job, on_log)
+        (job/"job.json").write_text(json.dumps(dict(config=cfg.model_dump(), folder=str(Path(folder).resolve()) if folder else None, host=socket.gethostname(), starter=os.getpid())))
+        _launch(_torchrun(cfg.nproc, nodes, job), job, on_log)
         model, weights = methods[cfg.method](model, cfg), load_file(job/"trained.safetensors")
         for n, p in model.named_parameters():
             if n in weights: p.data.copy_(weights[n])
         end = json.loads((job/"result.json").read_text())
     return TrainResult(model.eval(), pd.DataFrame(end["log"]), end["tokens"], end["seconds"], count_parameters(model), end["notes"])
+
+def _torchrun(nproc, nodes, job):
+    "The command that starts the processes: on this machine, or on each node of the Slurm job that this one is in."
+    each, work = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={nproc//nodes}"], ["-m", "finetune_kit.trainer", str(job)]
+    if nodes == 1: return [*each, "--standalone", *work]
+    def show(*what): return subprocess.run(["scontrol", "show", *what], capture_output=True, text=True, check=True).stdout
+    address = re.search(r"NodeAddr=(\S+)", show("node", show("hostnames", os.environ["SLURM_JOB_NODELIST"]).split()[0]))[1]
+    each += [f"--nnodes={nodes}", f"--master-addr={address}", f"--master-port={20000 + int(os.environ['SLURM_JOB_ID']) % 20000}"]
+    return ["srun", "--kill-on-bad-exit=1", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "sh", "-c", f'exec {shlex.join(each)} --node-rank="$SLURM_NODEID" {shlex.join(work)}']
 
 def _launch(command, job, on_log):
     "Run processes in a group of their own, and pass on what they log; the group ends with whoever started it."
@@ -458,7 +470,7 @@ def _worker(job):
     from finetune_kit.model import load_model, model_config
     asked, rows, first = json.loads((job/"job.json").read_text()), json.loads((job/"rows.json").read_text()), os.environ["RANK"] == "0"
     cfg = TrainConfig(**asked["config"])
-    _end_with(asked["starter"])
+    if asked["host"] == socket.gethostname(): _end_with(asked["starter"])   # other nodes' processes end with this one's, by srun
     device = detect_device()
     model, tokenizer = load_model(job/"model", backend="transformers", device=f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device, dtype=model_config(job/"model").dtype)
     def on_log(line):

@@ -39,7 +39,7 @@ def registry(tmp_path, monkeypatch):
         (tmp_path/id/name).write_text(json.dumps(info))
     for id in ("train-drop7-aa", "train-drop8-bb"): write(id, id=id, status="done", experiment="train", started=1., metrics=dict(healed=STATE))
     write("train-drop7-aa", "evaluation-ab12.json", data="mine", items=8, device="cpu, 1 threads", metrics=dict(base=STATE, tuned=STATE | dict(nll=1.), tuned_minus_base=dict(nll=CHANGE)), speed=dict(base=QUICK, tuned=QUICK | dict(tokens_per_s=40.)), speedup=dict(mean=2., lo=1.9, hi=2.1))
-    write("evaluate-cc", id="evaluate-cc", status="done", experiment="evaluate", started=2., hashes=dict(data="ab12"), metrics={"train-drop7-aa": dict(nll=1.)})
+    write("evaluate-cc", id="evaluate-cc", status="done", experiment="evaluate", started=2., evaluation="ab12", metrics={"train-drop7-aa": dict(nll=1.)})
     return tmp_path
 
 

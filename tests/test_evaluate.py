@@ -126,3 +126,28 @@ def test_lab_and_papermill_give_the_same_report(made, tmp_path):
         NotebookClient(nb, timeout=2400, kernel_name="python3", resources=dict(metadata=dict(path=str(ROOT/"nbs")))).execute()
     again, same, second = outputs()
     assert (again, same) == (run, sources) and second == first
+
+
+def test_a_model_is_asked_as_it_was_trained(made, warm, tmp_path, monkeypatch):
+    "With its instruction, on all rows of a file that it has not seen."
+    folder = tmp_path/"runs"
+    shutil.copytree(made[1][0], folder/made[1][0].name)
+    (run,) = folder.iterdir()
+    info = json.loads((run/"run.json").read_text())
+    (run/"run.json").write_text(json.dumps(info | dict(config=info["config"] | dict(instruction="Be brief: one word. #1"))))
+    (tmp_path/"mine.jsonl").write_text("".join(json.dumps(dict(question=f"What is {n} plus 1?", answer=str(n+1))) + "\n" for n in range(7)))
+    done = warm(tmp_path/"o.ipynb", folder, "nbs/evaluate.ipynb", data=tmp_path/"mine.jsonl", max_new_tokens=4, backend="transformers")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(next(run.glob("evaluation-*.json")).read_text())["items"] == 7
+    assert "Be brief: one word. #1" in next(folder.glob("evaluate-*/report.html")).read_text()
+
+
+def test_a_second_run_in_the_same_kernel(warm, tmp_path):
+    "As in JupyterLab, where a dial is turned and all cells run again; the third run is the second once more."
+    from nbformat.v4 import new_code_cell, new_notebook
+    cells = ["from finetune_kit.dials import EvaluateConfig\nfrom finetune_kit.record import start_run"]
+    for n in (5, 6, 6): cells += [f"run = start_run('evaluate', EvaluateConfig(items={n}), None)", "run.finish({})"]
+    nbformat.write(new_notebook(cells=[new_code_cell(c) for c in cells], metadata=dict(kernelspec=dict(name="python3", display_name="", language="python"))), tmp_path/"again.ipynb")
+    done = warm(tmp_path/"o.ipynb", tmp_path/"runs", tmp_path/"again.ipynb")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [json.loads(f.read_text())["status"] for f in (tmp_path/"runs").glob("*/run.json")] == ["done"]*2 and len(list((tmp_path/"runs").glob("*/report.html"))) == 2

@@ -154,10 +154,23 @@ def test_env_file_is_read(tmp_path, monkeypatch):
     from finetune_kit.export import secret
     monkeypatch.chdir(tmp_path)
     (tmp_path/".env").write_text("HF_TOKEN=from_file\n")
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    assert secret("HF_TOKEN") == "from_file" and "HF_TOKEN" not in os.environ
     monkeypatch.setenv("HF_TOKEN", "from_environment")
     assert secret("HF_TOKEN") == "from_environment"
+    monkeypatch.delenv("HF_TOKEN")
+    assert secret("HF_TOKEN") == "from_file" == os.environ["HF_TOKEN"], "so that the libraries below find it too"
+    monkeypatch.delenv("HF_TOKEN")
+
+
+@pytest.mark.slow
+def test_a_model_of_the_hub_by_its_name(tmp_path):
+    "Without a network, from the hub's own cache."
+    import shutil, subprocess, sys
+    snapshot = tmp_path/"models--me--tiny"/"snapshots"/"abc"
+    shutil.copytree(ROOT/"data/tiny-base", snapshot)
+    (snapshot.parents[1]/"refs").mkdir()
+    (snapshot.parents[1]/"refs"/"main").write_text("abc")
+    said = subprocess.run([sys.executable, "-c", "from finetune_kit.cli import main; main()", "chat", "me/tiny", "Where does the otter live?", "--max-tokens", "8"], cwd=ROOT, env=os.environ | dict(HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE="1"), capture_output=True, text=True)
+    assert said.returncode == 0 and len(said.stdout.split()) > 1, said.stderr[-2000:]
 
 
 @pytest.mark.slow
