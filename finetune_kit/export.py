@@ -12,6 +12,7 @@ __all__ = ['GGUF_ARCH', 'SPLITS', 'UPLOADED', 'TARGETS', 'Source', 'find_model',
 import json, os, re, subprocess, sys, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import pandas as pd
@@ -55,7 +56,7 @@ def _run_source(name):
     if run.info["status"] != "done": raise ModelLoadError(f"run {run.id} is {run.info['status']!r}, not 'done': {run.info.get('error') or 'there is no finished model'}")
     folder = run.folder/run.info.get("artifacts", {}).get("model", "model")
     if folder.resolve().parent != run.folder.resolve() or not folder.is_dir(): raise ModelNotFoundError(f"run {run.id} kept no model in {run.folder/'model'}; a run of nbs/train.ipynb does")
-    cfg = RunConfig.model_construct(**{k: v for k, v in run.info["config"].items() if k in RunConfig.model_fields})   # as it was: a tracker or a method of one's own need not be there to use the model
+    cfg = SimpleNamespace(**RunConfig().model_dump() | run.info["config"])   # as it was, not checked anew: a tracker or a method of one's own need not be there to use the model
     domains = (run.info.get("domains") or sorted({d for df in run.items().values() for d in df.domain if d})) if cfg.domain_tags else []
     whole = run.info["experiment"] == "train" and run.id.startswith("control-")
     plan = drop(model_config(cfg.model), None) if whole else plan_of(cfg, model_config(cfg.model))
