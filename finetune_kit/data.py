@@ -325,7 +325,7 @@ def source_files(
     source:str|Path|list, # A file, a folder (searched through), or a list of them
 )->list[Path]: # Files that a loader exists for, sorted within a folder
     "The files behind `source`. `DatasetLoadError` where one is missing or a folder holds none."
-    if isinstance(source, (list, tuple)) and source: return list(dict.fromkeys(f for s in source for f in source_files(s)))   # one that is named twice is read once
+    if isinstance(source, (list, tuple)) and source: return [f for s in source for f in source_files(s)]
     if not source: raise DatasetLoadError(f"no data: the source is {source!r}; give a file, a folder, or a hub id")
     path = resolve_path(source)
     if path.is_dir(): files = sorted(f for f in path.rglob("*") if f.suffix.lower() in loaders and f.is_file())
@@ -408,9 +408,9 @@ def load_rows(
     if dedupe not in (None, "exact", "near"): raise InvalidConfigError(f"dedupe {choices(dedupe, ('exact', 'near', 'None'))}")
     rows, seen, read = Rows(), {}, []
     for row in stream_rows(source, split, mapping, rows, in_turn=max_rows is not None):
-        first = seen.setdefault(row["id"], row["source"]) if dedupe else row["source"]
-        if first != row["source"]: rows.reject(row, f"duplicate of {first}")
+        if dedupe and row["id"] in seen: rows.reject(row, f"duplicate of {seen[row['id']]}")
         else: rows.append(row)
+        seen.setdefault(row["id"], row["source"])
         if max_rows and len(rows) >= max_rows: break
     if unknown := [f for f in (mapping or {}).values() if rows and not isinstance(f, list) and not any(f in fields for _, found in rows.found for fields in found)]: raise NoTextColumnsError(
         f"mapping: no row of {source!r} has a field {unknown[0]!r}; found: {'; '.join(rows.detected())}")

@@ -168,7 +168,7 @@ def kit_fault(words):
     try: given = kit().commands[name].make_context(name, rest).params
     except Exception as e: return f"{type(e).__name__}: {getattr(e, 'message', e)}"
     notebook = str(given["notebook"]) if name == "run" else dict(train="train.ipynb", study="layer_study.ipynb", evaluate="evaluate.ipynb").get(name)
-    return notebook and dial_fault(notebook, _parameters([part for p in given["parameter"] or [] for part in p.split("=", 1)]))
+    return notebook and dial_fault(notebook, _parameters([p.partition("=")[::2] for p in given["parameter"] or []]))
 
 
 def papermill_fault(words):
