@@ -34,7 +34,7 @@ def plot_losses(
         if "val_loss" in log: ax.plot(*log[["step", "val_loss"]].dropna().T.values, "o--", color=STATES[state], ms=5, lw=1, label=f"{state}, validation")
     high = max(np.nanquantile(log.loss, .98) for log in logs.values())
     ax.set(xlabel="optimizer step", ylabel="loss (nats per answer token)", title="Loss while fine-tuning", ylim=(0, high*1.08))
-    ax.legend(ncols=2)
+    ax.legend(ncols=2, loc="upper right")   # where losses have left; "best" takes long on a slow machine, and then warns
     return fig
 
 def plot_states(
@@ -126,14 +126,14 @@ def plot_importance(
     "Cost of each layer with its 95% interval."
     import matplotlib.pyplot as plt
     depth = max(len(t) for t in tables.values())
-    fig, ax = plt.subplots(figsize=(max(6, min(12, .45*depth+2)), 3.6))
+    fig, ax = plt.subplots(figsize=(max(6, min(12, .45*depth+2)), 3.9), layout="constrained")
     for n, (name, t) in enumerate(tables.items()):
         x = t.layer + (n - (len(tables)-1)/2)*.6/len(tables)
         ax.errorbar(x, t.delta, yerr=[t.delta-t.lo, t.hi-t.delta], fmt=MARKS[n % 6], color=SERIES[n % 6], ms=5.5, lw=1.6, capsize=2.5, label=f"{name} (whole model: {t.attrs['baseline']:.3f})")
     ax.axhline(0, color="#57606a", lw=.8)
     _symlog(ax, "y", np.concatenate([v for t in tables.values() for v in (t.delta, t.lo, t.hi)]))
     ax.set(xlabel="layer taken out", ylabel="added NLL (nats per token)", title=title, xticks=range(0, depth, max(1, depth//16)))
-    ax.legend(loc="best", fontsize=9)
+    fig.legend(loc="outside lower center", ncols=2, fontsize=9)
     return fig
 
 def plot_parts(
@@ -177,7 +177,7 @@ def plot_truncations(
         ax.fill_between(t.n, base+t.lo, base+t.hi, color=SERIES[n % 6], alpha=.18, lw=0)
         ax.axhline(base, color=SERIES[n % 6], lw=.9, ls=":")
     ax.set(xlabel="layers kept from the bottom", ylabel="NLL (nats per token)", title="The model ended after n layers (dotted: whole)")
-    ax.legend()
+    ax.legend(loc="upper right")
     return fig
 
 def plot_tasks(
