@@ -34,7 +34,7 @@ TEST := export OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH";
 
 test: setup ## the asserts beside each export, then what crosses a process
 	@$(TEST) nbdev_test --n_workers 2 --do_print
-	python -m pytest tests -q -m "not slow and not gpu" --durations 8
+	python -m pytest tests -q -m "not slow and not gpu" --durations 8 -n 2 --dist loadfile
 
 test-all: setup ## the slow ones and, with a GPU, its tests too
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[harness,trackers]"
