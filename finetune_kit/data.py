@@ -647,6 +647,12 @@ def _reshaped(splits, change):
             except ValueError as e: kept.reject(r, str(e))
     return splits
 
+def _filtered(keep):
+    def change(row):
+        if not keep(row): raise ValueError("filtered out")
+        return row
+    return change
+
 def prepare_dataset(
     source:str|Path|list, # As for `load_rows`; files (or splits of a hub data set) named train, test, validation (val, valid, dev) keep their splits, anything else is split by hash
     mapping:dict|None=None, # As for `load_rows`
@@ -656,6 +662,7 @@ def prepare_dataset(
     variant:str|None=None, # Of math problems in GSM8K's notation: "math", "reasoning" or "assistant"
     instruction:str|None=None, # A system turn of your own for every conversation
     domain_tags:bool=False, # Mark each question with its domain
+    keep=None, # A filter of your own: called with each row, it says whether that stays; what goes is among the rejects
     augmented:int=0, # Variations of each training question
     seed:int=0, # Draws the variations
 )->dict[str,Rows]: # Under "train", "validation" and "test"
@@ -665,6 +672,7 @@ def prepare_dataset(
     if min(shares.values()) < -1e-9: raise InvalidConfigError(f"validation={validation}, test={test}: each a share from 0 up, together at most 1")
     splits = _load_splits(source, mapping, validation, test, max_rows, dedupe)
     if dedupe == "near": splits = _without_leaks(splits)
+    if keep: splits = _reshaped(splits, _filtered(keep))
     if variant: splits = _reshaped(splits, lambda r: as_variant(r, variant))
     if instruction: splits = _reshaped(splits, lambda r: with_instruction(r, instruction))
     if augmented: splits["train"] = augment(splits["train"], augmented, seed=seed)
