@@ -29,7 +29,7 @@ def as_sweep(folder, out, *options):
 
 def main():
     took, found = {}, {}
-    for name, f in (("finetune-kit sweep --warm", lambda *folders: as_sweep(*folders, "--warm")), ("finetune-kit sweep", as_sweep), ("papermill, one after another", one_by_one)):
+    for name, f in (("finetune-kit sweep", as_sweep), ("finetune-kit sweep --cold", lambda *folders: as_sweep(*folders, "--cold")), ("papermill, one after another", one_by_one)):
         with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as out:
             start = time.perf_counter()
             f(folder, out)

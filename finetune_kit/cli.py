@@ -51,6 +51,7 @@ def _execute(notebook, parameter, output):
     "Run a notebook, and find the path of the report that it prints; None where it leaves none."
     import papermill
     from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
     path = resolve_path(notebook)
     if not path.exists(): raise InvalidConfigError(f"no notebook {str(notebook)!r}; there are: {', '.join(sorted(p.name for p in (ROOT/'nbs').glob('[a-z]*.ipynb')))}")
     pairs = [p.partition("=") for p in parameter or []]
@@ -59,7 +60,7 @@ def _execute(notebook, parameter, output):
     known = papermill.inspect_notebook(str(path))
     if unknown := [k for k in values if k not in known]: raise InvalidConfigError(f"{path.name}: unknown parameter {choices(unknown[0], known)}")
     with tempfile.TemporaryDirectory() as d:
-        try: done = papermill.execute_notebook(str(path), str(output or Path(d)/"out.ipynb"), values, kernel_name="python3", progress_bar=sys.stderr.isatty())
+        try: done = papermill.execute_notebook(str(path), str(output or Path(d)/"out.ipynb"), values, kernel_name="python3", progress_bar=sys.stderr.isatty(), config=Config(KernelManager=dict(transport_encryption="auto")))
         except PapermillExecutionError as e: raise FineTuneError(f"{path.name}, cell {e.exec_count}: {e.ename}: {e.evalue}") from None
     lines = [line for c in done.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream" for line in o.text.splitlines()]
     return next((Path(line.removeprefix("report: ")) for line in reversed(lines) if line.startswith("report: ")), None)
@@ -222,7 +223,7 @@ def sweep(
     jobs:Annotated[int, typer.Option("--jobs", "-j", help="Runs at a time; 0: as many as this machine takes")]=1,
     retry:Annotated[bool, typer.Option("--retry", help="Run again what failed before")]=False,
     dry_run:Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and how long it would take")]=False,
-    warm:Annotated[bool, typer.Option("--warm", help="Fork kernels from a process that has imported what is heavy, instead of starting each anew; saves the imports, not with CUDA")]=False,
+    warm:Annotated[bool, typer.Option("--warm/--cold", help="Fork kernels from a process that has imported what is heavy, or start each anew; with CUDA always anew")]=True,
     only:Annotated[Optional[int], typer.Option(metavar="N", help="Only the run of this number, from 0")]=None,
     slurm:Annotated[bool, typer.Option("--slurm", help="Send the runs to a Slurm cluster, with what the file says under slurm")]=False,
     slurm_script:Annotated[Optional[Path], typer.Option("--slurm-script", metavar="FILE", help="Only write the array script that sbatch would take")]=None,

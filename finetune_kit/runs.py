@@ -383,12 +383,13 @@ class RunTask:
     )->str: # "" where the run is done
         import papermill
         from papermill.exceptions import PapermillExecutionError
+        from traitlets.config import Config
         folder = runs_folder()/self.id
         try:
             if folder.exists():
                 with FileLock(folder/".lock", timeout=15): pass   # a killed sweep's kernels need a moment to die
             if folder.exists() and _read(folder)["status"] == "done": return ""
-            papermill.execute_notebook(self.notebook, None, self.dials, kernel_name="python3", progress_bar=False, start_timeout=300, **(dict(kernel_manager_class=manager) if manager else {}))
+            papermill.execute_notebook(self.notebook, None, self.dials, kernel_name="python3", progress_bar=False, start_timeout=300, config=Config(KernelManager=dict(transport_encryption="auto")), **(dict(kernel_manager_class=manager) if manager else {}))
         except Timeout: return f"it is being run by process {_read(folder).get('pid')} on {_read(folder).get('host')}"
         except PapermillExecutionError as e: return f"{e.ename}: {e.evalue}"
         except Exception as e: return f"{type(e).__name__}: {e}"
@@ -453,10 +454,11 @@ def sweep_table(
         status = info["status"] if info["status"] != "missing" else "failed" if p.error else "waiting"
         metrics, row = info.get("metrics") or {}, dict(id=p.id, status=status, error=info.get("error") or p.error) | {k: p.dials.get(k) for k in spec.varied}
         for state, m in metrics.items():
-            if state == "recovered": row |= {f"recovered.{k}{end}": v[at] for k, v in m.items() if v for end, at in (("", "mean"), ("_lo", "lo"), ("_hi", "hi"))}
-            elif isinstance(m, dict):
-                for k in ("nll", "exact_match"):
-                    if m.get(k) is not None: row |= {f"{state}.{k}": m[k]} | dict(zip((f"{state}.{k}_lo", f"{state}.{k}_hi"), (m.get("intervals") or {}).get(k) or ()))
+            for k in ("nll", "exact_match"):
+                v = m.get(k) if isinstance(m, dict) else None
+                if isinstance(v, dict): v, ends = v["mean"], (v["lo"], v["hi"])     # a difference or a share, as `paired` says it
+                else: ends = (m.get("intervals") or {}).get(k) or () if isinstance(m, dict) else ()
+                if v is not None: row |= {f"{state}.{k}": v} | dict(zip((f"{state}.{k}_lo", f"{state}.{k}_hi"), ends))
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -515,7 +517,7 @@ def _run_here(spec, left, jobs, warm, on_done):
     gpus = _gpus() if cuda and jobs > 1 else []
     for n in range(jobs): slots.put(dict(CUDA_VISIBLE_DEVICES=gpus[n % len(gpus)]) if gpus else {})
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with Kernels(warm and not cuda, max(1, cores//jobs)) as kernels, ThreadPoolExecutor(jobs) as pool:
+    with Kernels(warm and not cuda and len(left) > 1, max(1, cores//jobs)) as kernels, ThreadPoolExecutor(jobs) as pool:
         def one(run):
             slot, start = slots.get(), time.perf_counter()
             try: run.error = RunTask(notebook, run.id, run.dials)(kernels.manager(**slot))
@@ -596,7 +598,7 @@ def sweep(
     jobs:int=1, # Runs at a time; 0: as many as this machine takes
     retry:bool|None=None, # Run again what failed before; None: as the file says
     dry_run:bool=False, # Only say what would be done
-    warm:bool|list=False, # Fork kernels from a process that has imported what is heavy, or these modules; never with CUDA
+    warm:bool|list=True, # Fork kernels from a process that has imported what is heavy, or these modules; never with CUDA, nor for a single run
     only:int|None=None, # Only the run of this number, from 0
     slurm:bool|dict|None=None, # Send it to a cluster: submitit's parameters beside the file's; `cluster="local"` tries it here
     show=print, # Where a line a run goes

@@ -30,7 +30,7 @@ def papermill(out, runs, notebook="nbs/train.ipynb", /, **parameters):
 
 @pytest.fixture(scope="session")
 def warm():
-    "As `papermill`, on kernels forked from one process that has imported what is heavy, as a sweep's `--warm` does."
+    "As `papermill`, on kernels forked from one process that has imported what is heavy, as a sweep does."
     import papermill as pm
     from finetune_kit.runs import Kernels
     with Kernels() as kernels:

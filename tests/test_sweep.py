@@ -102,6 +102,16 @@ def wait_for(what, seconds=600):
         time.sleep(.05)
 
 
+def test_all_that_a_training_leaves_has_its_place(tmp_path, monkeypatch):
+    "The toy leaves less than train.ipynb: shares, differences with intervals, counts."
+    monkeypatch.setenv("FINETUNE_KIT_RUNS", str(tmp_path/"runs"))
+    table = runs.sweep(dict(name="real", fixed=dict(max_steps=2, eval_every=0, eval_items=8), grid=dict(drop_layer=[7])), jobs=1, warm=True)
+    row, m = table.iloc[0], runs.load_run(table.id[0]).info["metrics"]
+    assert row.status == "done" and row["healed_minus_cut.nll_lo"] <= row["healed_minus_cut.nll"] == m["healed_minus_cut"]["nll"]["mean"] <= row["healed_minus_cut.nll_hi"]
+    page = (tmp_path/"runs/sweep-real/index.html").read_text()
+    assert "1 done" in page and f"<b>{row['healed_minus_cut.nll']:.3f}</b>" in page and f"<b>{row['base.nll']:.3f}</b>" in page and not set(table.columns) & {"training.nll", "size"}
+
+
 @pytest.mark.slow
 def test_ctrl_c_leaves_nothing_running_and_loses_nothing(toy, tmp_path):
     spec = toy(fixed=dict(warmup_steps=30), grid=dict(seed=[0, 1, 2]))
