@@ -233,24 +233,30 @@ def plot_sweep(
     x:str, # The dial to draw against
     name:str="nll", # Metric
 ): # matplotlib figure, or None where no run has the metric yet
-    "Each state of each run with its 95% interval; runs with the same `x` stand side by side."
+    "Each state of each run with its 95% interval, and below, where runs have a control, what is left to it; runs with the same `x` stand side by side."
     from matplotlib.figure import Figure
-    states = [s for s in STATES if f"{s}.{name}" in table]
+    states, gap = [s for s in STATES if f"{s}.{name}" in table], f"healed_minus_control.{name}"
     if not states: return None
-    labels = list(dict.fromkeys(map(str, table[x])))
-    fig = Figure(figsize=(max(6, min(13, .5*len(labels)+2.5)), 3.6), layout="constrained")
-    ax = fig.subplots()
-    for n, state in enumerate(states):
-        seen = table[table[f"{state}.{name}"].notna()]
-        at = pd.Series(list(map(str, seen[x])), seen.index, dtype=object)   # None too is a label
-        place = at.map(labels.index) + (n-(len(states)-1)/2)*.12 + at.groupby(at).cumcount()*.03
-        ax.plot(place, seen[f"{state}.{name}"], "o", color=STATES[state], ms=4.5, label=state)
-        if f"{state}.{name}_lo" in seen: ax.vlines(place, seen[f"{state}.{name}_lo"].astype(float), seen[f"{state}.{name}_hi"].astype(float), color=STATES[state], lw=1.4)
-    _symlog(ax, "y", np.concatenate([table[f"{s}.{name}"].dropna().to_numpy(float) for s in states]))
-    ax.set(xlabel=x, ylabel=name.replace("nll", "NLL (nats per token)").replace("_", " "), xticks=range(len(labels)), xticklabels=labels)
-    ax.grid(color="#e6e8eb"); ax.set_axisbelow(True)
-    for side in ("top", "right"): ax.spines[side].set_visible(False)
-    ax.legend(ncols=4, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
+    labels, panels = list(dict.fromkeys(map(str, table[x]))), [states] + [["healed_minus_control"]]*(gap in table)
+    fig = Figure(figsize=(max(6, min(13, .5*len(labels)+2.5)), 3.6 + 2*(len(panels)-1)), layout="constrained")
+    axes = fig.subplots(len(panels), sharex=True, squeeze=False, height_ratios=[3, 2][:len(panels)])[:, 0]
+    for ax, shown in zip(axes, panels):
+        for n, state in enumerate(shown):
+            c = f"{state}.{name}"
+            seen, color = table[table[c].notna()], STATES.get(state, STATES["healed"])
+            at = pd.Series(list(map(str, seen[x])), seen.index, dtype=object)   # None too is a label
+            place = at.map(labels.index) + (n-(len(shown)-1)/2)*.12 + at.groupby(at).cumcount()*(.03 if shown is states else .12)
+            ax.plot(place, seen[c], "o", color=color, ms=4.5, label=state)
+            if f"{c}_lo" in seen: ax.vlines(place, seen[f"{c}_lo"].astype(float), seen[f"{c}_hi"].astype(float), color=color, lw=1.4)
+        _symlog(ax, "y", np.concatenate([table[f"{s}.{name}"].dropna().to_numpy(float) for s in shown]))
+        ax.grid(color="#e6e8eb"); ax.set_axisbelow(True)
+        for side in ("top", "right"): ax.spines[side].set_visible(False)
+    axes[0].set(ylabel=name.replace("nll", "NLL (nats per token)").replace("_", " "))
+    axes[0].legend(ncols=4, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
+    axes[-1].set(xlabel=x, xticks=range(len(labels)), xticklabels=labels)
+    if gap in table:
+        axes[1].axhline(0, color=STATES["control"], lw=1)
+        axes[1].set(ylabel="healed − control")
     return fig
 
 # %% ../nbs/11_figures.ipynb #f3a00002

@@ -249,6 +249,7 @@ def verdict(
     summaries:dict[str,dict], # State → its summary
     shares:dict, # Metric → as from `recovered`
     gains:dict, # Metric → paired difference healed − cut, as from `difference`
+    gaps:dict, # Metric → paired difference healed − control
     conditions:str, # What the numbers hold for: items, tokens, seed
 )->str: # HTML
     "The answer in a few sentences, every number with its interval."
@@ -260,9 +261,10 @@ def verdict(
         for name, share in shares.items():
             what = "NLL" if name == "nll" else name.replace("_", " ")
             text += f"<b>In {what}, healing recovered {_range(share, True)} of the control's level.</b> " if share else f"In {what}, cut and control do not differ by more than their interval, so there was nothing to heal. "
-        for name, g in gains.items():
-            sure = "more than its interval" if (g["lo"] > 0 or g["hi"] < 0) else "<b>not</b> more than its interval"
-            text += f"Healed against cut, {'NLL' if name == 'nll' else name.replace('_', ' ')}: {_range(g)}, {sure}. "
+        for other, differences in dict(cut=gains, control=gaps).items():
+            for name, g in differences.items():
+                sure = "more than its interval" if (g["lo"] > 0 or g["hi"] < 0) else "<b>not</b> more than its interval"
+                text += f"Healed against {other}, {'NLL' if name == 'nll' else name.replace('_', ' ')}: {_range(g)}, {sure}. "
     return f'<div class="verdict">{text}<br><small>95% bootstrap intervals over items; {html.escape(conditions)}</small></div>'
 
 # %% ../nbs/12_report.ipynb #12d0c002

@@ -493,7 +493,7 @@ body{{font:15px/1.5 system-ui,sans-serif;color:#1f2328;max-width:76rem;margin:1.
 th,td{{padding:.3em .7em;border-bottom:1px solid #d8dee4;text-align:left;vertical-align:top}}small{{color:#57606a}}img{{max-width:100%}}tr.failed,tr.stopped,tr.damaged{{background:#ffebe9}}tr.waiting,tr.running{{color:#8c959f}}
 </style></head><body><h1>{spec.name}</h1><p>{len(table)} runs of <code>{html.escape(spec.notebook)}</code>: {counts}. {html.escape(note)}</p><p>{html.escape(", ".join(f"{k} = {v}" for k, v in spec.fixed.items()))}</p>
 {_figure(spec, table)}<div><table><thead><tr>{head}</tr></thead><tbody>{"".join(line(row) for row in table.to_dict("records"))}</tbody></table></div>
-<p><small>NLL in nats per scored token; small: 95% bootstrap intervals over items. "recovered": the share of the way from cut to control that healing went.</small></p></body></html>"""
+<p><small>NLL in nats per scored token; small: 95% bootstrap intervals over items. "recovered": the share of the way from cut to control that healing went; "healed minus control": what is left of it, item by item.</small></p></body></html>"""
 
 def write_page(
     spec:SweepSpec, planned:list[Planned], # The sweep, and its runs

@@ -105,7 +105,12 @@ def test_a_client_that_leaves_ends_its_answer(service, client, monkeypatch):
     "A stream that is closed, and a call that is given up, stop long before their 450 tokens."
     import finetune_kit.serve as serve
     seen, complete = [], serve.complete
-    monkeypatch.setattr(serve, "complete", lambda model, tok, requests: seen.extend(requests) or complete(model, tok, requests))
+    def slowly(model, tok, requests):       # else a fast machine ends 450 tokens before the client gives up
+        seen.extend(requests)
+        hook = model.register_forward_pre_hook(lambda *_: time.sleep(.01))
+        try: return complete(model, tok, requests)
+        finally: hook.remove()
+    monkeypatch.setattr(serve, "complete", slowly)
     long = dict(model="base", prompt="Once", max_tokens=450, temperature=5., seed=0)
     stream = client.completions.create(**long, stream=True)
     next(iter(stream))

@@ -35,6 +35,8 @@ def test_run_json_says_everything(run):
 def test_healing_is_measured_against_the_control(run):
     m = info(run[1])["metrics"]
     assert m["healed_minus_cut"]["nll"]["hi"] < 0                       # better than the cut model by more than the interval
+    left = m["healed_minus_control"]["nll"]
+    assert left["lo"] <= left["mean"] <= left["hi"] and left["mean"] == pytest.approx(m["healed"]["nll"] - m["control"]["nll"], abs=1e-9)
     share = m["recovered"]["nll"]
     assert share["lo"] <= share["mean"] <= share["hi"]
     assert share["mean"] == pytest.approx((m["cut"]["nll"] - m["healed"]["nll"])/(m["cut"]["nll"] - m["control"]["nll"]), rel=1e-6)
