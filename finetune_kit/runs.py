@@ -475,23 +475,27 @@ def sweep_page(
     note:str="", # What to say below the title
 )->str: # One HTML page that needs no other file
     "Compare the runs of a sweep."
-    measured = [c for c in table if "." in c and not c.endswith(("_lo", "_hi"))]
-    def cell(row, c):
+    measured = [c for c in table if "." in c and not c.endswith(("_lo", "_hi")) and not c.startswith("healed_minus_cut")]   # which "recovered" says too
+    same = [c for c in measured if table[c].count() > 1 and table[c].nunique() == 1]      # the base's, of all runs: said once
+    measured = [c for c in measured if c not in same]
+    def said(c): return html.escape(c.replace(".", " ").replace("_", " "))
+    def number(row, c, between=" "):
         v, lo, hi = row[c], row.get(f"{c}_lo"), row.get(f"{c}_hi")
-        if pd.isna(v): return "<td>–</td>"
-        return f"<td><b>{v:.3f}</b>" + (f"<br><small>{lo:.3f} to {hi:.3f}</small></td>" if lo is not None and not pd.isna(lo) else "</td>")
+        if pd.isna(v): return "–"
+        return f"<b>{v:.3f}</b>" + (f'{between}<small class="n">{lo:.3f} to {hi:.3f}</small>' if lo is not None and not pd.isna(lo) else "")
     def line(row):
         there = (runs_folder()/row["id"]/"report.html").exists()
         name = f'<a href="../{row["id"]}/report.html">{row["id"]}</a>' if there else row["id"]
+        numbers = "".join("<td>" + number(row, c, "<br>") + "</td>" for c in measured)
         dialled = "".join(f"<td>{html.escape(str(row[k]))}</td>" for k in spec.varied)
         why = f'<br><small>{html.escape(str(row["error"])[:300])}</small>' if row["error"] else ""
-        return f'<tr class="{row["status"]}">{dialled}{"".join(cell(row, c) for c in measured)}<td>{row["status"]}{why}</td><td>{name}</td></tr>'
-    head = "".join(f"<th>{html.escape(c.replace('.', ' ').replace('_', ' '))}</th>" for c in (*spec.varied, *measured, "status", "report"))
+        return f'<tr class="{row["status"]}">{dialled}{numbers}<td>{row["status"]}{why}</td><td>{name}</td></tr>'
+    head = "".join(f"<th>{said(c)}</th>" for c in (*spec.varied, *measured, "status", "report"))
     counts = ", ".join(f"{n} {s}" for s, n in table.status.value_counts().items())
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{spec.name}</title><style>
 body{{font:15px/1.5 system-ui,sans-serif;color:#1f2328;max-width:76rem;margin:1.5rem auto;padding:0 1rem}}div{{overflow-x:auto}}table{{border-collapse:collapse;font-size:13.5px;font-variant-numeric:tabular-nums}}
-th,td{{padding:.3em .7em;border-bottom:1px solid #d8dee4;text-align:left;vertical-align:top}}small{{color:#57606a}}img{{max-width:100%}}tr.failed,tr.stopped,tr.damaged{{background:#ffebe9}}tr.waiting,tr.running{{color:#8c959f}}
-</style></head><body><h1>{spec.name}</h1><p>{len(table)} runs of <code>{html.escape(spec.notebook)}</code>: {counts}. {html.escape(note)}</p><p>{html.escape(", ".join(f"{k} = {v}" for k, v in spec.fixed.items()))}</p>
+th,td{{padding:.3em .7em;border-bottom:1px solid #d8dee4;text-align:left;vertical-align:top}}small{{color:#57606a}}.n{{white-space:nowrap}}img{{max-width:100%}}tr.failed,tr.stopped,tr.damaged{{background:#ffebe9}}tr.waiting,tr.running{{color:#8c959f}}
+</style></head><body><h1>{spec.name}</h1><p>{len(table)} runs of <code>{html.escape(spec.notebook)}</code>: {counts}. {html.escape(note)}</p><p>{html.escape(", ".join(f"{k} = {v}" for k, v in spec.fixed.items()))}</p>{"".join(f"<p>{said(c)} of all: {number(table.dropna(subset=[c]).iloc[0], c)}</p>" for c in same)}
 {_figure(spec, table)}<div><table><thead><tr>{head}</tr></thead><tbody>{"".join(line(row) for row in table.to_dict("records"))}</tbody></table></div>
 <p><small>NLL in nats per scored token; small: 95% bootstrap intervals over items. "recovered": the share of the way from cut to control that healing went; "healed minus control": what is left of it, item by item.</small></p></body></html>"""
 
