@@ -110,7 +110,7 @@ code{background:#eff1f3;border-radius:4px;padding:.1em .3em;font-size:.9em}pre c
 details.code{margin:.2em 0}details.code>summary{cursor:pointer;color:#8c959f;font-size:12px;user-select:none}details.code .highlight{background:#f6f8fa;border-radius:6px;padding:.3em .9em}
 details.code.parameters>summary{color:#0969da}
 table{border-collapse:collapse;border:0;font-size:14px;margin:.6em 0;font-variant-numeric:tabular-nums}th,td{border:0;padding:.35em .7em;border-bottom:1px solid #d8dee4;text-align:left;vertical-align:top}
-thead th{border-bottom:2px solid #afb8c1}td{overflow-wrap:break-word;max-width:32rem}.failed{background:#ffebe9;border:1px solid #ff8182;border-radius:6px;padding:.7em 1em;margin:1em 0;overflow-wrap:anywhere}
+table.dataframe thead th{text-align:left}thead th{border-bottom:2px solid #afb8c1}td{overflow-wrap:break-word;max-width:32rem}.failed{background:#ffebe9;border:1px solid #ff8182;border-radius:6px;padding:.7em 1em;margin:1em 0;overflow-wrap:anywhere}
 .verdict{background:#ddf4ff;border:1px solid #54aeff;border-radius:6px;padding:.9em 1.1em;font-size:17px}.output_error pre{background:#fff5f5;padding:.8em;border-radius:6px}
 .output_stderr{display:none}.ansi-bold{font-weight:bold}.ansi-red-fg{color:#b62324}.ansi-green-fg{color:#116329}.ansi-cyan-fg{color:#1b7c83}.ansi-blue-fg{color:#0550ae}.ansi-yellow-fg{color:#7d4e00}
 {{ resources.pygments_css }}</style></head><body><main>{% if resources.failure %}<div class="failed"><b>This run failed.</b> {{ resources.failure | e }}</div>{% endif %}{% endblock header %}
