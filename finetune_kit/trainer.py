@@ -332,7 +332,7 @@ def _tracked(report_to, folder):
     try: yield
     finally:
         for k in added: del os.environ[k]
-        if report_to == "wandb" and "wandb" in sys.modules: sys.modules["wandb"].finish()
+        if report_to == "wandb" and "wandb" in sys.modules: sys.modules["wandb"].finish(); sys.modules["wandb"].teardown()   # the next training's folder is another
 
 def _callback(cfg, val_rows, rows, order, on_log, lines, folder):
     from transformers import TrainerCallback
@@ -452,7 +452,10 @@ def _launch(command, job, on_log):
         for f in sorted(job.glob("error-*.json")) if p.returncode else ():
             kind, text = json.loads(f.read_text())
             raise globals()[kind](text)
-        if p.returncode: raise TrainingError(f"the processes ended with code {p.returncode}:\n{(job/'out.txt').read_text()[-2000:]}")
+        if p.returncode:
+            text = (job/"out.txt").read_text().splitlines()
+            said = [line for line in text if line.startswith("[rank")] or text     # what torchrun says at the end has no reason in it
+            raise TrainingError(f"the processes ended with code {p.returncode}:\n" + "\n".join(said[-20:]))
 
 def _end_with(pid):
     "End this process when another one does, however that ends."
@@ -470,6 +473,7 @@ def _worker(job):
     from finetune_kit.model import load_model, model_config
     asked, rows, first = json.loads((job/"job.json").read_text()), json.loads((job/"rows.json").read_text()), os.environ["RANK"] == "0"
     cfg = TrainConfig(**asked["config"])
+    torch.serialization.register_package(0, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None)   # "cpu:0", as accelerate calls a gloo process's device, when a checkpoint is loaded
     if asked["host"] == socket.gethostname(): _end_with(asked["starter"])   # other nodes' processes end with this one's, by srun
     device = detect_device()
     model, tokenizer = load_model(job/"model", backend="transformers", device=f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device, dtype=model_config(job/"model").dtype)

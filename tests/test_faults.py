@@ -115,9 +115,9 @@ def test_two_processes_killed_go_on_and_leave_none_behind(rows, tmp_path):
 @pytest.mark.parametrize("tracker, left", [("wandb", "wandb/offline-run-*/*.wandb"), ("trackio", "trackio/finetune_kit*.db"), ("tensorboard", "tensorboard/events.out.tfevents.*")])
 def test_a_tracker_gets_losses_and_leaves_its_files_beside_the_run(rows, tmp_path, monkeypatch, tracker, left):
     "No account and no network: what trackers keep on this machine. Two trainings of one process are two runs."
-    pytest.importorskip(tracker)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path/"b"/"trackio"))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path/"b"/"trackio"))     # which trackio reads when it is imported
+    pytest.importorskip(tracker)
     for name in "ab": train(*cut(), dict(train=rows, validation=rows[:4]), TrainConfig(**(CFG | dict(max_steps=2, save_every=0, report_to=tracker))), folder=tmp_path/name/"checkpoints")
     found = list((tmp_path/"b").glob(left))
     assert len(found) == 1 and found[0].stat().st_size > 200
