@@ -453,8 +453,7 @@ def _launch(command, job, on_log):
             kind, text = json.loads(f.read_text())
             raise globals()[kind](text)
         if p.returncode:
-            text = (job/"out.txt").read_text().splitlines()
-            said = [line for line in text if line.startswith("[rank")] or text     # what torchrun says at the end has no reason in it
+            said = (job/"out.txt").read_text().partition("torch/distributed/elastic/")[0].splitlines()    # what torchrun says from there on has no reason in it
             raise TrainingError(f"the processes ended with code {p.returncode}:\n" + "\n".join(said[-20:]))
 
 def _end_with(pid):
@@ -469,6 +468,7 @@ def _end_with(pid):
 
 def _worker(job):
     "One of the processes."
+    import torch
     from safetensors.torch import save_file
     from finetune_kit.model import load_model, model_config
     asked, rows, first = json.loads((job/"job.json").read_text()), json.loads((job/"rows.json").read_text()), os.environ["RANK"] == "0"
