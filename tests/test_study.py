@@ -38,7 +38,7 @@ def test_prune_heal(warm, tmp_path):
     assert info["status"] == "done" and list(info["metrics"]["healed"]) == ["6", "7", "8"]
     cuts = pd.read_csv(folder/"cuts.csv")
     assert cuts.layer.tolist() == [6, 7, 8] and (cuts["from"] <= cuts["healed − control"]).all()
-    assert sorted(f.name for f in (folder/"cuts").iterdir()) == ["6.json", "7.json", "8.json", "control.json"]
+    assert sorted(f.parent.name for f in (folder/"cuts").glob("*/items.json")) == ["control", "without-6", "without-7", "without-8"] and not list((folder/"cuts").glob("*/checkpoints"))
 
 
 @pytest.fixture
