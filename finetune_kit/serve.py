@@ -558,13 +558,15 @@ def demo(
     def ask(text, one, two, left, right, system, temperature, top_p, length, seed, domain):
         options = dict(max_new_tokens=int(length), temperature=temperature, top_p=top_p, seed=int(seed))
         sides = [(n, [*h, dict(role="user", content=text)]) for n, h in ((one, left), (two, right)) if n != none]
-        for k, (name, history) in enumerate(sides):
+        def shown(): return "", sides[0][1], sides[1][1] if len(sides) > 1 else []
+        yield shown()      # the question, while a model is read
+        for name, history in sides:
             told = ([dict(role="system", content=system)] if system else []) + history
             history.append(dict(role="assistant", content=""))
             for piece in reply(name, told, options, domain):
                 history[-1]["content"] += piece
-                yield "", sides[0][1], sides[1][1] if len(sides) > 1 else []
-        yield "", sides[0][1], sides[1][1] if len(sides) > 1 else []
+                yield shown()
+        yield shown()
 
     with gr.Blocks(title="finetune_kit") as page:
         with gr.Row():
