@@ -157,14 +157,18 @@ _CSS = ("<style>.mask{font:13px/1.9 ui-monospace,monospace;white-space:pre-wrap;
 def mask_pieces(
     e:dict, # As from `encode`
     tokenizer, # The one that encoded it
-)->list[tuple[str,bool,bool]]: # For each token its text, whether it is scored, whether it is special
+)->list[tuple[str,bool,bool]]: # For each token its text, whether it is scored, whether it is special; of several that make one character, the last has it
     "A row token by token; the texts together are the decoded row."
     special = set(tokenizer.all_special_ids)
     def decode(ids): return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    def text(ids, n):
-        before = ids[max(0, n-2):n]                      # a token alone loses the space before it
-        return decode([*before, ids[n]])[len(decode(before)):]
-    return [(text(e["input_ids"], n), l != -100, i in special) for n, (i, l) in enumerate(zip(e["input_ids"], e["labels"]))]
+    pieces, start, ids = [], 0, e["input_ids"]           # tokens from `start` on wait for the rest of a character
+    for n, (i, label) in enumerate(zip(ids, e["labels"])):
+        before = ids[max(0, start-2):start]              # a token alone loses the space before it
+        text = decode([*before, *ids[start:n+1]])[len(decode(before)):]
+        ended = not text.endswith("\ufffd") or n-start == 3 or n+1 == len(ids) or ids[n+1] in special     # a character has at most four bytes
+        pieces.append((text if ended else "", label != -100, i in special))
+        if ended: start = n+1
+    return pieces
 
 def mask_html(
     encoded:list[dict], # As from `encode`

@@ -60,7 +60,7 @@ def _execute(notebook, parameter, output):
     known = papermill.inspect_notebook(str(path))
     if unknown := [k for k in values if k not in known]: raise InvalidConfigError(f"{path.name}: unknown parameter {choices(unknown[0], known)}")
     with tempfile.TemporaryDirectory() as d:
-        try: done = papermill.execute_notebook(str(path), str(output or Path(d)/"out.ipynb"), values, kernel_name="python3", progress_bar=sys.stderr.isatty(), config=Config(KernelManager=dict(transport_encryption="auto")))
+        try: done = papermill.execute_notebook(str(path), str(output or Path(d)/"out.ipynb"), values, kernel_name="python3", progress_bar=sys.stderr.isatty(), extra_arguments=["--log-level=50"], config=Config(KernelManager=dict(transport_encryption="auto")))
         except PapermillExecutionError as e: raise FineTuneError(f"{path.name}, cell {e.exec_count}: {e.ename}: {e.evalue}") from None
     lines = [line for c in done.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream" for line in o.text.splitlines()]
     return next((Path(line.removeprefix("report: ")) for line in reversed(lines) if line.startswith("report: ")), None)
@@ -126,7 +126,7 @@ def data(
     from finetune_kit.chat import check_masks, encode_rows
     from finetune_kit.data import load_rows, statistics
     from finetune_kit.model import load_tokenizer
-    by_hand = {k: v.split(",") if "," in v else v for k, _, v in (m.partition("=") for m in mapping or [])}
+    by_hand = {k: [c.strip() for c in v.split(",")] if "," in v else v for k, _, v in (m.partition("=") for m in mapping or [])}
     rows = load_rows(source if len(source) > 1 else source[0], split, by_hand, max_rows, None if dedupe == "none" else dedupe)
     good, detected = len(rows), rows.detected()
     tokenizer = load_tokenizer(model)

@@ -45,7 +45,7 @@ def _usable(f): return "messages" in f or "text" in f or ("answer" in f and ("qu
 def _find(row, mapping, guess):
     "How the parts were told (\"hand\", \"name\", \"content\"), and where they are."
     found = {part: k for part, held in _named(tuple(row)).items() if (k := next((k for k in held if row[k] is not None), None)) is not None}
-    hand = {p: tuple(names) if len(names) > 1 else names[0] for p, f in (mapping or {}).items() for names in [f if isinstance(f, list) else [f]] if any(k in row for k in names)}
+    hand = {p: tuple(held) if len(held) > 1 else held[0] for p, f in (mapping or {}).items() if (held := [k for k in (f if isinstance(f, list) else [f]) if k in row])}
     if hand:   # mapping text means text, whatever else goes by a known name
         meant = {p for shape in SHAPES.values() if set(shape) & set(hand) for p in shape}
         found = {p: k for p, k in found.items() if not meant or p in meant or p not in chain(*SHAPES.values())} | hand
@@ -412,7 +412,8 @@ def load_rows(
         else: rows.append(row)
         seen.setdefault(row["id"], row["source"])
         if max_rows and len(rows) >= max_rows: break
-    if unknown := [f for f in (mapping or {}).values() if rows and not isinstance(f, list) and not any(f in fields for _, found in rows.found for fields in found)]: raise NoTextColumnsError(
+    there = {f for _, found in rows.found for _, fields in found for f in (fields if isinstance(fields, tuple) else [fields])}
+    if unknown := [f for given in (mapping or {}).values() for f in (given if isinstance(given, list) else [given]) if rows and f not in there]: raise NoTextColumnsError(
         f"mapping: no row of {source!r} has a field {unknown[0]!r}; found: {'; '.join(rows.detected())}")
     if rows: return drop_near(rows) if dedupe == "near" else rows
     if not rows.rejects: raise EmptyDatasetError(f"{source!r}{f' has no split {split!r} or it' if split else ''} holds no rows")

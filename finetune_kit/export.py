@@ -26,7 +26,7 @@ from .surgery import PLAN_FILE, LayerPlan, _read_plan, drop, llamacpp_recipe, lo
 from .infer import prompt_ids
 from .trainer import StrictConfig
 from .dials import RunConfig, plan_of
-from .runs import load_run
+from .runs import load_run, states_of
 
 # %% ../nbs/16_export.ipynb #6e100006
 @dataclass(frozen=True)
@@ -444,8 +444,8 @@ def with_retries(
 
 # %% ../nbs/16_export.ipynb #6e10001e
 def _metric_rows(metrics):
-    for state, m in metrics.items():
-        if not (isinstance(m, dict) and "nll" in m): continue
+    for state in states_of(metrics):
+        m = metrics[state]
         def cell(k):
             lo, hi = (m.get("intervals") or {}).get(k) or (None, None)
             return "–" if m.get(k) is None else f"{m[k]:.3f}" + (f" ({lo:.3f} to {hi:.3f})" if lo is not None else "")

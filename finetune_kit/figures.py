@@ -16,6 +16,10 @@ from .core import *
 STATES = dict(base="#7f7f7f", cut="#D55E00", healed="#0072B2", control="#009E73")
 STATE_WORDS = dict(base="base: as loaded", cut="cut: without the layers", healed="healed: cut, then fine-tuned", control="control: whole, same fine-tuning")
 
+def _plain(text):
+    "Text as it is: in a name a $ begins no formula."
+    return str(text).replace("$", r"\$")
+
 def set_style():
     "The kit's look for matplotlib and seaborn."
     import seaborn as sns
@@ -62,7 +66,7 @@ def plot_domains(
 ): # matplotlib figure, or None where there are fewer than two domains
     "The metric by domain and state, as a map with its numbers."
     import matplotlib.pyplot as plt, seaborn as sns
-    table = pd.DataFrame({state: df.groupby("domain")[name].mean() for state, df in items.items() if name in df})
+    table = pd.DataFrame({state: df.groupby("domain")[name].mean() for state, df in items.items() if name in df}).rename(index=_plain)
     if len(table) < 2: return None
     fig, ax = plt.subplots(figsize=(6, .55*len(table)+1.2))
     sns.heatmap(table, annot=True, fmt=".2f", cmap="cividis", vmin=0, vmax=1, linewidths=1, ax=ax, cbar_kws=dict(label=name.replace("_", " ")))
@@ -129,7 +133,7 @@ def plot_importance(
     fig, ax = plt.subplots(figsize=(max(6, min(12, .45*depth+2)), 3.9), layout="constrained")
     for n, (name, t) in enumerate(tables.items()):
         x = t.layer + (n - (len(tables)-1)/2)*.6/len(tables)
-        ax.errorbar(x, t.delta, yerr=[t.delta-t.lo, t.hi-t.delta], fmt=MARKS[n % 6], color=SERIES[n % 6], ms=5.5, lw=1.6, capsize=2.5, label=f"{name} (whole model: {t.attrs['baseline']:.3f})")
+        ax.errorbar(x, t.delta, yerr=[t.delta-t.lo, t.hi-t.delta], fmt=MARKS[n % 6], color=SERIES[n % 6], ms=5.5, lw=1.6, capsize=2.5, label=f"{_plain(name)} (whole model: {t.attrs['baseline']:.3f})")
     ax.axhline(0, color="#57606a", lw=.8)
     _symlog(ax, "y", np.concatenate([v for t in tables.values() for v in (t.delta, t.lo, t.hi)]))
     ax.set(xlabel="layer taken out", ylabel="added NLL (nats per token)", title=title, xticks=range(0, depth, max(1, depth//16)))
@@ -173,7 +177,7 @@ def plot_truncations(
     fig, ax = plt.subplots(figsize=(7, 3.6))
     for n, (name, t) in enumerate(tables.items()):
         base = t.attrs["baseline"]
-        ax.plot(t.n, t.nll, MARKS[n % 6] + "-", color=SERIES[n % 6], ms=5, lw=1.6, label=name)
+        ax.plot(t.n, t.nll, MARKS[n % 6] + "-", color=SERIES[n % 6], ms=5, lw=1.6, label=_plain(name))
         ax.fill_between(t.n, base+t.lo, base+t.hi, color=SERIES[n % 6], alpha=.18, lw=0)
         ax.axhline(base, color=SERIES[n % 6], lw=.9, ls=":")
     ax.set(xlabel="layers kept from the bottom", ylabel="NLL (nats per token)", title="The model ended after n layers (dotted: whole)")
@@ -185,6 +189,7 @@ def plot_tasks(
 ): # matplotlib figure
     "Which task needs which layer: the cost of each layer, by task, as a share of that task's dearest."
     import matplotlib.pyplot as plt, seaborn as sns
+    table = table.rename(index=_plain)
     share = table.div(table.max(axis=1), axis=0).clip(lower=0)
     fig, ax = plt.subplots(figsize=(max(6, .6*table.shape[1]+2.4), .5*len(table)+1.5))
     sns.heatmap(share, annot=table if table.shape[1] <= 16 else None, fmt=".2f", annot_kws=dict(size=8), cmap="cividis", vmin=0, vmax=1, linewidths=.6, ax=ax, cbar_kws=dict(label="share of the row's largest"))
@@ -222,7 +227,7 @@ def plot_prediction(
     fig, ax = plt.subplots(figsize=(5.6, 4))
     if interval: ax.vlines(table[x], table[interval[0]], table[interval[1]], color=SERIES[0], lw=1.4, alpha=.5)
     ax.plot(table[x], table[y], "o", color=SERIES[0], ms=6)
-    for px, py, name in table[[x, y, names]].itertuples(index=False): ax.annotate(str(name), (px, py), xytext=(5, 4), textcoords="offset points", fontsize=9)
+    for px, py, name in table[[x, y, names]].itertuples(index=False): ax.annotate(_plain(name), (px, py), xytext=(5, 4), textcoords="offset points", fontsize=9)
     _symlog(ax, "x", table[x]); _symlog(ax, "y", table[[y, *(interval or ())]].to_numpy(float).ravel())
     ax.set(xlabel=xlabel or x, ylabel=ylabel or y)
     return fig
@@ -245,15 +250,17 @@ def plot_sweep(
             c = f"{state}.{name}"
             seen, color = table[table[c].notna()], STATES.get(state, STATES["healed"])
             at = pd.Series(list(map(str, seen[x])), seen.index, dtype=object)   # None too is a label
-            place = at.map(labels.index) + (n-(len(shown)-1)/2)*.12 + at.groupby(at).cumcount()*(.03 if shown is states else .12)
+            same, slot = at.groupby(at), .8/len(shown)
+            many = same.transform("size")
+            place = at.map(labels.index) + (n-(len(shown)-1)/2)*slot + (same.cumcount()-(many-1)/2)*min(.12, .7*slot/max(many, default=1))
             ax.plot(place, seen[c], "o", color=color, ms=4.5, label=state)
             if f"{c}_lo" in seen: ax.vlines(place, seen[f"{c}_lo"].astype(float), seen[f"{c}_hi"].astype(float), color=color, lw=1.4)
-        _symlog(ax, "y", np.concatenate([table[f"{s}.{name}"].dropna().to_numpy(float) for s in shown]))
+        if shown is states: _symlog(ax, "y", np.concatenate([table[f"{s}.{name}{end}"].dropna().to_numpy(float) for s in shown for end in ("", "_lo", "_hi") if f"{s}.{name}{end}" in table]))
         ax.grid(color="#e6e8eb"); ax.set_axisbelow(True)
         for side in ("top", "right"): ax.spines[side].set_visible(False)
     axes[0].set(ylabel=name.replace("nll", "NLL (nats per token)").replace("_", " "))
     axes[0].legend(ncols=4, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
-    axes[-1].set(xlabel=x, xticks=range(len(labels)), xticklabels=labels)
+    axes[-1].set(xlabel=x, xticks=range(len(labels)), xticklabels=list(map(_plain, labels)))
     if gap in table:
         axes[1].axhline(0, color=STATES["control"], lw=1)
         axes[1].set(ylabel="healed − control")

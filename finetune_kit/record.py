@@ -72,12 +72,17 @@ def environment()->dict: # `versions` of the packages that matter, `python`, `pl
                 device=torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads")
 
 # %% ../nbs/14_record.ipynb #0ac6e3b8
+def _gone(pid):
+    "Whether a process of this machine has ended, where that can be told."
+    try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError: return Path("/proc").exists()
+
 def _read(folder):
     try:
         info = json.loads((folder/"run.json").read_text(encoding="utf-8"))
         if not isinstance(info, dict) or "status" not in info: raise ValueError("no status")
     except (OSError, ValueError) as e: return dict(id=folder.name, status="damaged", error=str(e))
-    if info["status"] == "running" and info.get("host") == socket.gethostname() and not Path(f"/proc/{info.get('pid')}").exists() and Path("/proc").exists():
+    if info["status"] == "running" and info.get("host") == socket.gethostname() and _gone(info.get("pid")):
         info |= dict(status="stopped", error="its process is gone")
     return info
 

@@ -224,18 +224,17 @@ def answers_html(
 # %% ../nbs/12_report.ipynb #dbf86370
 def recovered(
     cut:pd.DataFrame, healed:pd.DataFrame, control:pd.DataFrame, # Evaluations of the same items, as from `evaluate_model`
-    name:str="nll", # "nll" or a metric
+    name:str="nll", # "nll", or a metric of which more is better
     n:int=2000, seed:int=0, # Resamples, and their seed
-)->dict|None: # `mean`, `lo`, `hi`: the share of the way from cut to control; None where cut and control do not differ by more than their interval
+)->dict|None: # `mean`, `lo`, `hi`: the share of the way from cut to control; None where the control is not better by more than its interval
     "Share of the control's level that healing reached: 0 as the cut model, 1 as the control."
     def sums(df): return (df.nll if name == "nll" else df[name]).to_numpy(float)
     gap, way = sums(cut)-sums(healed), sums(cut)-sums(control)
     keep = ~np.isnan(gap)
     gap, way = gap[keep], way[keep]
     draws = np.random.default_rng(seed).multinomial(len(gap), np.full(len(gap), 1/len(gap)), size=n)
-    lo, hi = np.percentile(draws @ way, [2.5, 97.5])
-    if lo <= 0 <= hi: return None
     ways = draws @ way
+    if np.percentile(ways if name == "nll" else -ways, 2.5) <= 0: return None
     lo, hi = np.percentile((draws @ gap)[ways != 0]/ways[ways != 0], [2.5, 97.5])
     return dict(mean=float(gap.sum()/way.sum()), lo=float(lo), hi=float(hi))
 
@@ -260,7 +259,7 @@ def verdict(
         text = f"Without <b>{gone}</b> ({len(plan.keep)} of {plan.n_layers} stay) the NLL goes from {s['base']['nll']:.3f} to <b>{s['cut']['nll']:.3f}</b>; fine-tuning brings it to <b>{s['healed']['nll']:.3f}</b>, where the whole model reaches {s['control']['nll']:.3f} by the same fine-tuning. "
         for name, share in shares.items():
             what = "NLL" if name == "nll" else name.replace("_", " ")
-            text += f"<b>In {what}, healing recovered {_range(share, True)} of the control's level.</b> " if share else f"In {what}, cut and control do not differ by more than their interval, so there was nothing to heal. "
+            text += f"<b>In {what}, healing recovered {_range(share, True)} of the control's level.</b> " if share else f"In {what}, the control is not better than the cut model by more than its interval, so there was nothing to heal. "
         for other, differences in dict(cut=gains, control=gaps).items():
             for name, g in differences.items():
                 sure = "more than its interval" if (g["lo"] > 0 or g["hi"] < 0) else "<b>not</b> more than its interval"
