@@ -121,7 +121,7 @@ def _symlog(ax, axis, values):
     getattr(ax, f"set_{axis}scale")("symlog", linthresh=powers[0], linscale=.7)
     ticks = [*(-powers[powers/2 < -values.min()][::-1] if values.min() < 0 else []), 0, *powers[powers/2 < values.max()]]
     getattr(ax, f"set_{axis}ticks")(ticks, [f"{t:g}" for t in ticks])
-    getattr(ax, f"set_{axis}lim")(min(2*values.min(), -powers[0]/2), 2*values.max())
+    getattr(ax, f"set_{axis}lim")(min(2*values.min(), -powers[0]/2), max(2*values.max(), powers[0]/2))
 
 def plot_importance(
     tables:dict[str,pd.DataFrame], # Name → as from `drop_one`
