@@ -32,7 +32,8 @@ def load_run(
     if not id or Path(id).name != id: raise InvalidConfigError(f"run id {id!r}: an id is a name, not a path; see finetune-kit runs")
     found = [p for p in sorted(runs_folder().glob("*")) if p.name.startswith(id) and (p/"run.json").exists()]
     exact = [p for p in found if p.name == id]
-    if len(exact or found) != 1: raise InvalidConfigError(f"{len(found)} runs begin with {choices(id, sorted(p.parent.name for p in runs_folder().glob('*/run.json')))}")
+    if not found: raise InvalidConfigError(f"0 runs begin with {choices(id, sorted(p.parent.name for p in runs_folder().glob('*/run.json')))}")
+    if len(exact or found) > 1: raise InvalidConfigError(f"{len(found)} runs begin with {id!r}: {', '.join(p.name for p in found)}")
     return Run((exact or found)[0], _read((exact or found)[0]))
 
 def chosen_runs(
@@ -485,7 +486,7 @@ def sweep_page(
     measured = [c for c in table if "." in c and not c.endswith(("_lo", "_hi")) and not c.startswith("healed_minus_cut")]   # which "recovered" says too
     same = [c for c in measured if table[c].count() > 1 and table[c].nunique() == 1]      # the base's, of all runs: said once
     measured = [c for c in measured if c not in same]
-    def said(c): return html.escape(c if "-" in c else c.replace(".", " ").replace("_", " "))      # a run's id stays what it is
+    def said(c): return html.escape(c.replace(".", " ") if "-" in c else c.replace(".", " ").replace("_", " "))      # a run's id stays what it is
     def number(row, c, between=" "):
         v, lo, hi = row[c], row.get(f"{c}_lo"), row.get(f"{c}_hi")
         if pd.isna(v): return "–"
