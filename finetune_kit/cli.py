@@ -208,10 +208,10 @@ def benchmark(
     parameter:_Dials=None, output:_Out=None, as_json:_Json=False,
 ):
     "How good and how fast are runs, against their base: `finetune-kit benchmark train-drop7 --data my.jsonl`. An evaluation that also times both models, in turns."
-    from finetune_kit.runs import load_run, side_by_side
+    from finetune_kit.runs import load_run, side_by_side, states_of
     report = _evaluate(run_ids, source, [f"speed={prompts}", *(parameter or [])], output)
     looked = load_run(report.parent.name).info
-    found = {id: load_run(id).evaluation(looked["evaluation"]) for id in looked["metrics"]}
+    found = {id: load_run(id).evaluation(looked["evaluation"]) for id in states_of(looked["metrics"])}
     if as_json: return print(json.dumps(dict(report=str(report), runs=found)))
     for id, e in found.items(): print(f"{id} on {e['data']}: {e['items']} items, {e['speed']['base']['n_timed']} prompts timed, {e['device']}", side_by_side(e).to_string(), "", sep="\n")
     _say(report, False)
