@@ -138,7 +138,7 @@ def test_a_model_is_asked_as_it_was_trained(made, warm, tmp_path, monkeypatch):
     (tmp_path/"mine.jsonl").write_text("".join(json.dumps(dict(question=f"What is {n} plus 1?", answer=str(n+1))) + "\n" for n in range(7)))
     done = warm(tmp_path/"o.ipynb", folder, "nbs/evaluate.ipynb", data=tmp_path/"mine.jsonl", max_new_tokens=4, backend="transformers")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(next(run.glob("evaluation-*.json")).read_text())["items"] == 7
+    assert [e["items"] for f in run.glob("evaluation-*.json") if "mine" in (e := json.loads(f.read_text()))["data"]] == [7]
     assert "Be brief: one word. #1" in re.sub(r"<[^>]+>", "", next(folder.glob("evaluate-*/report.html")).read_text()), "as the mask shows it, token by token"
 
 

@@ -81,6 +81,30 @@ def test_what_fails_is_that_runs_only(toy):
     assert {runs.load_run(i).info["host"] for i in table.id} == {"n1", "n2"}
 
 
+def test_one_training_over_two_nodes(tmp_path):
+    "The loss of each step is that of one process with the same rows. Before the tests that lose a node."
+    (tmp_path/"sitecustomize.py").write_text(f"import os, socket\nif 'LOCAL_RANK' in os.environ: open({str(tmp_path/'hosts')!r}, 'a').write(socket.gethostname() + ' ' + os.environ['WORLD_SIZE'] + chr(10))\n")
+    (tmp_path/"train.py").write_text("""
+import json, sys
+from finetune_kit.chat import encode_rows
+from finetune_kit.data import load_rows
+from finetune_kit.model import load_model
+from finetune_kit.trainer import TrainConfig, train
+model, tok = load_model("data/tiny-base", backend="transformers")
+rows = encode_rows(load_rows("data/domains", "train", max_rows=24), tok)
+cfg = TrainConfig(max_steps=3, batch_size=4, warmup_steps=0, lora_r=4, eval_every=0, save_every=0, nproc=int(sys.argv[1]))
+print("losses", json.dumps(train(model, tok, rows, cfg, folder=sys.argv[2]).log.loss.tolist()))
+""")
+    def losses(text): return json.loads(next(line for line in text.splitlines() if line.startswith("losses ")).removeprefix("losses "))
+    alone = subprocess.run([sys.executable, tmp_path/"train.py", "1", tmp_path/"alone"], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    job = f"#!/bin/sh\ncd {ROOT}\nexport PYTHONPATH={tmp_path}:{ROOT}\nexec {sys.executable} {tmp_path}/train.py 2 {tmp_path}/both\n"
+    subprocess.run(["sbatch", "--wait", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--mem-per-cpu=3000", f"--output={tmp_path}/log"], input=job, cwd=tmp_path, text=True, timeout=1800)
+    said = (tmp_path/"log").read_text()
+    assert "losses" in said, said
+    assert losses(said) == pytest.approx(losses(alone.stdout), rel=1e-5)
+    assert {"n1 2", "n2 2"} <= set((tmp_path/"hosts").read_text().splitlines())
+
+
 def test_lost_requeued_and_preempted_runs_end_as_undisturbed_ones(toy, nodes):
     spec = toy(fixed=dict(warmup_steps=300, drop_layer=1), grid=dict(seed=[0, 1, 2]))
     process, made = in_a_process(spec, slurm=dict(timeout_min=30)), planned(spec)
@@ -122,27 +146,3 @@ def test_the_script_makes_the_same_runs(toy, tmp_path, monkeypatch, capsys):
     table, logs = runs.sweep(file, show=lambda line: None), [(tmp_path/f"sweep-toy-{job}_{n}.log").read_text() for n in (0, 1)]
     assert table.status.tolist() == ["done", "failed"] and "layer 3 holds it all" in table.error[1], logs
     assert ["JobState=COMPLETED " in ask("scontrol", "show", "job", f"{job}_{n}") for n in (0, 1)] == [True, False], logs
-
-
-def test_one_training_over_two_nodes(tmp_path):
-    "The loss of each step is that of one process with the same rows."
-    (tmp_path/"sitecustomize.py").write_text(f"import os, socket\nif 'LOCAL_RANK' in os.environ: open({str(tmp_path/'hosts')!r}, 'a').write(socket.gethostname() + ' ' + os.environ['WORLD_SIZE'] + chr(10))\n")
-    (tmp_path/"train.py").write_text("""
-import json, sys
-from finetune_kit.chat import encode_rows
-from finetune_kit.data import load_rows
-from finetune_kit.model import load_model
-from finetune_kit.trainer import TrainConfig, train
-model, tok = load_model("data/tiny-base", backend="transformers")
-rows = encode_rows(load_rows("data/domains", "train", max_rows=24), tok)
-cfg = TrainConfig(max_steps=3, batch_size=4, warmup_steps=0, lora_r=4, eval_every=0, save_every=0, nproc=int(sys.argv[1]))
-print("losses", json.dumps(train(model, tok, rows, cfg, folder=sys.argv[2]).log.loss.tolist()))
-""")
-    def losses(text): return json.loads(next(line for line in text.splitlines() if line.startswith("losses ")).removeprefix("losses "))
-    alone = subprocess.run([sys.executable, tmp_path/"train.py", "1", tmp_path/"alone"], cwd=ROOT, capture_output=True, text=True, timeout=900)
-    job = f"#!/bin/sh\ncd {ROOT}\nexport PYTHONPATH={tmp_path}:{ROOT}\nexec {sys.executable} {tmp_path}/train.py 2 {tmp_path}/both\n"
-    subprocess.run(["sbatch", "--wait", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--mem-per-cpu=3000", f"--output={tmp_path}/log"], input=job, cwd=tmp_path, text=True, timeout=1800)
-    said = (tmp_path/"log").read_text()
-    assert "losses" in said, said
-    assert losses(said) == pytest.approx(losses(alone.stdout), rel=1e-5)
-    assert {"n1 2", "n2 2"} <= set((tmp_path/"hosts").read_text().splitlines())
