@@ -204,6 +204,13 @@ def _faults(e, tokenizer, template, loss_on, enders):
     if odd := next((m["role"] for m in row["messages"] if m["role"] not in ("system", "user", "assistant")), None): yield f"unknown role {odd!r}", "map it to system, user or assistant; load_rows refuses such rows"
     if lost := _lost_turn(row, render(row["messages"], tokenizer, template)): yield (
         f"the template drops the {lost['role']}'s message {lost['content'][:60]!r}", "a template that renders it (template='chatml'), or put what it says into the first question")
+    said, at = "".join(tokenizer.decode([i for i, l in zip(ids, labels) if l != -100]).split()), 0
+    for m in [m for m in row["messages"] if m["role"] == "assistant" and m.get("weight") != 0][-1 if loss_on == "last" else 0:]:
+        want = "".join(tokenizer.decode(tokenizer(m["content"].split("</think>")[-1].strip(), add_special_tokens=False).input_ids).split())    # some templates leave out what was thought in earlier turns
+        at = said.find(want, at) + len(want)
+        if at < len(want):
+            if not e["n_cut"]: yield f"the answer {m['content'][:60]!r} is not among what is supervised", "a template that renders the assistant's turns as they are"
+            break
     ends = [i for i, l in enumerate(labels) if l != -100 and (i+1 == len(labels) or labels[i+1] == -100)]
     bad = next((i for i in ends if not e["n_cut"] and ids[i] not in enders), None)
     if bad is not None and loss_on != "all": yield (

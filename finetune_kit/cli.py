@@ -348,6 +348,7 @@ def upload(
     what:Annotated[str, typer.Option("--what", help="The run's model as it is (adapter), or exported: merged, gguf, onnx")]="adapter",
     go:Annotated[bool, typer.Option("--go", help="Do it; without this, only say what would be done")]=False,
     public:Annotated[bool, typer.Option("--public", help="Make a new repository public")]=False,
+    inexact:Annotated[bool, typer.Option("--inexact", help="Merge a run on a quantised base into the whole weights")]=False,
 ):
     "Put a model with a card onto the Hub: `finetune-kit upload train-drop7 me/otter`, then again with --go. HF_TOKEN comes from the environment or .env."
     from finetune_kit.export import TARGETS, check_upload, export, find_model, model_card, upload as send
@@ -356,7 +357,7 @@ def upload(
     source = find_model(run)
     with tempfile.TemporaryDirectory() as d:
         name = Path(d)/(what if what == "merged" else f"{Path(source.name).name}.{what}")
-        folder = source.path if what == "adapter" else export(run, what, name) and (name if what == "merged" else Path(d))
+        folder = source.path if what == "adapter" else export(run, what, name, inexact) and (name if what == "merged" else Path(d))
         done = send(folder, repo, model_card(source, what), dry_run=not go, private=not public)
     print(json.dumps(done, indent=1))
     if not go: print("nothing was sent; --go sends it", file=sys.stderr)

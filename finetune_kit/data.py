@@ -406,6 +406,7 @@ def load_rows(
 )->Rows: # Rows in file order; `.rejects` says what was left out and why
     "Read rows from anywhere. `DatasetLoadError` for a missing source, `NoTextColumnsError` where no row could be used, `EmptyDatasetError` for an empty one."
     if dedupe not in (None, "exact", "near"): raise InvalidConfigError(f"dedupe {choices(dedupe, ('exact', 'near', 'None'))}")
+    if max_rows is not None and max_rows < 1: raise InvalidConfigError(f"max_rows={max_rows} is less than 1; None reads all")
     rows, seen, read = Rows(), {}, []
     for row in stream_rows(source, split, mapping, rows, in_turn=max_rows is not None):
         if dedupe and row["id"] in seen: rows.reject(row, f"duplicate of {seen[row['id']]}")
@@ -427,7 +428,7 @@ def shingles(
 )->frozenset: # Its runs of three words, lower case
     "What a text is compared by."
     words = re.findall(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+", text.lower())
-    return frozenset(" ".join(words[i:i+3]) for i in range(max(1, len(words)-2)))
+    return frozenset(" ".join(words[i:i+3]) for i in range(max(1, len(words)-2))) if words else frozenset([text.strip()])
 
 def near_pairs(
     texts:list[str], # What to compare
@@ -446,7 +447,7 @@ def near_pairs(
             if count[w] > 1: index.setdefault(w, []).append(i)
     return sorted(pairs)
 
-def _said(row): return "\n".join(m["content"] for m in row["messages"]) if "messages" in row else row["text"]
+def _said(row, unless=()): return "\n".join(m["content"] for m in row["messages"] if m["role"] not in unless) if "messages" in row else row["text"]
 
 def drop_near(
     rows:Rows, # Rows; stays as it is
@@ -454,7 +455,7 @@ def drop_near(
 )->Rows: # Without the rows that say nearly what an earlier one, which stayed, says; they are among the rejects
     "Leave near-duplicates out."
     pairs, gone, kept = {}, set(), Rows(rejects=rows.rejects, found=rows.found)
-    for i, j, sim in near_pairs([_said(r) for r in rows], threshold): pairs.setdefault(i, []).append((j, sim))
+    for i, j, sim in near_pairs([_said(r, ['system']) for r in rows], threshold): pairs.setdefault(i, []).append((j, sim))
     for i, r in enumerate(rows):
         if first := next(((j, sim) for j, sim in pairs.get(i, ()) if j not in gone), None):
             gone.add(i)
@@ -522,7 +523,7 @@ def leaks(
     "Questions (or texts) of the training or validation split that are nearly those of a split held out."
     import pandas as pd
     rows = [(s, r) for s in reversed(SPLITS) for r in splits.get(s, ())]
-    texts = [a if isinstance(a := _asked(r), str) else "\n".join(m["content"] for m in a) for _, r in rows]
+    texts = [_said(r, ["system", "assistant"]) for _, r in rows]      # what a system says to all makes no two questions alike
     found = [(rows[i][0], rows[i][1]["source"], rows[j][0], rows[j][1]["source"], sim) for i, j, sim in near_pairs(texts, threshold) if rows[i][0] != rows[j][0]]
     return pd.DataFrame(found, columns=["split", "source", "held_out", "held_source", "similarity"])
 
@@ -549,7 +550,8 @@ def tag_domain(
 )->list[dict]: # The same turns, the first question marked; one that is marked already stays
     "Mark the question with its domain, for training and for inference alike. `InvalidConfigError` for a domain that is not `known`."
     if known is not None and domain not in known: raise InvalidConfigError(f"unknown domain {choices(domain, known)}")
-    first, tag = next(i for i, m in enumerate(messages) if m["role"] == "user"), domain_tag(domain)
+    first, tag = next((i for i, m in enumerate(messages) if m["role"] == "user"), None), domain_tag(domain)
+    if first is None: raise InvalidConfigError("there is no user's turn to mark with a domain")
     return [m | dict(content=f"{tag} {m['content']}") if i == first and not m["content"].startswith(tag) else m for i, m in enumerate(messages)]
 
 def _tag(splits):

@@ -133,7 +133,9 @@ class EvaluateConfig(StrictConfig):
     @property
     def names(self)->tuple: # "exact_match", …
         "The metrics, one by one."
-        return tuple(n.strip() for n in self.metrics.split(",") if n.strip())
+        names = tuple(n.strip() for n in self.metrics.split(",") if n.strip())
+        if "perplexity" in names: raise InvalidConfigError("metrics: perplexity is measured by every evaluation; name only what compares answers")
+        return names
 
 class CompareConfig(StrictConfig):
     "Everything that decides about a comparison of runs."

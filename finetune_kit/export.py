@@ -9,7 +9,7 @@ __all__ = ['GGUF_ARCH', 'SPLITS', 'UPLOADED', 'TARGETS', 'Source', 'find_model',
            'ParityConfig', 'secret', 'is_passing', 'with_retries', 'model_card', 'check_upload', 'upload', 'export']
 
 # %% ../nbs/16_export.ipynb #6e100003
-import json, os, re, subprocess, sys, tempfile
+import copy, json, os, re, subprocess, sys, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,6 +56,7 @@ def _run_source(name):
     if run.info["status"] != "done": raise ModelLoadError(f"run {run.id} is {run.info['status']!r}, not 'done': {run.info.get('error') or 'there is no finished model'}")
     folder = run.folder/run.info.get("artifacts", {}).get("model", "model")
     if folder.resolve().parent != run.folder.resolve() or not folder.is_dir(): raise ModelNotFoundError(f"run {run.id} kept no model in {run.folder/'model'}; a run of nbs/train.ipynb does")
+    if missing := [k for k in ("config", "experiment") if k not in run.info]: raise ModelLoadError(f"run {run.id}: its run.json lacks {missing[0]!r}; it was damaged or written by something else")
     cfg = SimpleNamespace(**RunConfig().model_dump() | run.info["config"])   # as it was, not checked anew: a tracker or a method of one's own need not be there to use the model
     domains = (run.info.get("domains") or sorted({d for df in run.items().values() for d in df.domain if d})) if cfg.domain_tags else []
     whole = run.info["experiment"] == "train" and run.id.startswith("control-")
@@ -112,8 +113,7 @@ def export_merged(
     model.generation_config.update(eos_token_id=sorted(end_ids(tokenizer)), pad_token_id=tokenizer.pad_token_id)
     expect = probe_logits(model)
     name, config_name = model.name_or_path, model.config._name_or_path
-    save_cut(model.to(getattr(torch, dtype)), tokenizer, folder)
-    model.float()
+    save_cut(model if dtype == "float32" else copy.deepcopy(model).to(getattr(torch, dtype)), tokenizer, folder)     # rounded weights are not the caller's
     model.name_or_path, model.config._name_or_path = name, config_name   # as it was: the caller's model does not live there
     with quiet(): again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     check_same(expect, probe_logits(again), folder, 0. if dtype == "float32" else .05*expect.abs().max().item())
@@ -531,6 +531,10 @@ def export(
 )->Path: # What was written
     "Export a model, checked by reading it back. What cannot be exact is refused before anything is loaded."
     if to not in TARGETS: raise InvalidConfigError(f"to {choices(to, TARGETS)}")
+    kinds = dict(merged=("float32", "bfloat16", "float16"), gguf=("f32", "f16")).get(to, ())
+    if dtype and dtype not in kinds: raise InvalidConfigError(f"dtype {choices(dtype, kinds)}" if kinds else f"dtype={dtype!r}: {to} has none to choose")
+    if llama_cpp and to != "gguf": raise InvalidConfigError(f"llama_cpp is for gguf, not for {to}")
+    if inexact and to in TARGETS[3:]: raise InvalidConfigError(f"inexact: {to} is a recipe of the cut alone, in which nothing is merged")
     source = find_model(name)
     stem = re.sub(r"[^\w.-]+", "_", Path(source.name).name)
     place = Path(out) if out else (Path(source.path).parent if source.info else Path.cwd())/dict(merged=f"{stem}-merged", gguf=f"{stem}.gguf", onnx=f"{stem}.onnx", mergekit=f"{stem}-mergekit.yaml", llamacpp=f"{stem}-llamacpp.sh")[to]

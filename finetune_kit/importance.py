@@ -107,7 +107,9 @@ def greedy(
                 nll, whole = cut_scores(model, batches, [dict(c) for c in cuts], True)[:2] if naive else cached.step(cuts if base is not None else [(), *cuts], base is None)
                 base = whole if base is None else base
                 kept.put(gone, nll, base)
-            best = int(np.argmin(nll.sum(1)))
+            total = np.where(np.isnan(nll.sum(1)), np.inf, nll.sum(1))
+            best = int(np.argmin(total))
+            if np.isinf(total[best]): raise EvaluationError(f"greedy: at step {step} every cut has a loss that is no number; load the model in float32")
             gone.append(left[best]); places.append(dict(step=step, layer=left[best])); costs.append(nll[best])
             tick()
     return study_table(places, np.stack(costs), base, tokens)

@@ -7,7 +7,7 @@ __all__ = ['context', 'prompt_ids', 'check_room', 'settled', 'Request', 'complet
            'merge_where_exact']
 
 # %% ../nbs/05_infer.ipynb #99bd636d
-import contextlib, copy, queue, threading
+import contextlib, copy, json, queue, threading
 from dataclasses import dataclass, field
 
 from .core import *
@@ -28,9 +28,15 @@ def prompt_ids(
     template:str|None=None, # As for `render`
     domain:str|None=None, # Mark the first question with this domain, as `domain_tags` did in training
 )->list[int]: # Token ids
-    "What the model reads. `InvalidConfigError` for a domain with plain text."
+    "What the model reads. `InvalidConfigError` for a domain with plain text, messages that the template refuses, text that is none."
+    try: json.dumps(prompt, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError: raise InvalidConfigError("the text holds bytes that are not UTF-8") from None
     if not isinstance(prompt, str):
-        return tokenizer(render(tag_domain(prompt, domain) if domain else prompt, tokenizer, template, add_generation_prompt=True), add_special_tokens=False).input_ids
+        import jinja2
+        if not prompt: raise InvalidConfigError("there is no message to answer; give a list that ends with the user's turn")
+        try: text = render(tag_domain(prompt, domain) if domain else prompt, tokenizer, template, add_generation_prompt=True)
+        except jinja2.TemplateError as e: raise InvalidConfigError(f"the chat template refuses these messages: {e}") from None
+        return tokenizer(text, add_special_tokens=False).input_ids
     if domain: raise InvalidConfigError(f"domain {domain!r} with plain text: only a conversation's question is marked; give messages, or put domain_tag({domain!r}) into the text")
     return tokenizer(prompt).input_ids
 
@@ -81,8 +87,9 @@ class Request:
         import torch
         if self._draws is None:
             self._draws = torch.Generator()
-            self._draws.seed() if self.seed is None else self._draws.manual_seed(self.seed)
-        p, order = (logits.double().cpu() / self.temperature).softmax(-1).sort(descending=True, stable=True)
+            self._draws.seed() if self.seed is None else self._draws.manual_seed(self.seed % 2**63)
+        logits = logits.double().cpu()
+        p, order = ((logits - logits.max()) / self.temperature).softmax(-1).sort(descending=True, stable=True)     # without the difference a tiny temperature overflows
         return order[torch.multinomial(p * (p.cumsum(-1) - p < self.top_p), 1, generator=self._draws)].item()
 
     def take(self,
@@ -119,6 +126,9 @@ def complete(
     for r in requests: check_room(r.ids, room)
     for r in requests: r.max_new_tokens = min(r.max_new_tokens, room - len(r.ids))
     longest = max(len(r.ids) for r in requests)
+    if len(requests) > 1 and longest + max(r.max_new_tokens for r in requests) > room and getattr(model.config.get_text_config(), "rope_parameters", None) is None:
+        for r in requests: complete(model, tokenizer, [r])     # a batch goes on until its longest answer ends, and learned positions end with the context
+        return requests
     rows = torch.tensor([[pad]*(longest-len(r.ids)) + r.ids for r in requests], device=model.device)
     mask = torch.tensor([[0]*(longest-len(r.ids)) + [1]*len(r.ids) for r in requests], device=model.device)
     def draw(ids, logits):
@@ -150,6 +160,7 @@ def generate(
     domain:str|None=None, # As for `prompt_ids`
 )->list[str]: # An answer for each prompt, without special tokens and outer white space
     "Answers to many prompts. A prompt that leaves no room in the model's context raises `InvalidConfigError`."
+    if batch_size < 1: raise InvalidConfigError(f"batch_size={batch_size} is less than 1")
     ids = [prompt_ids(tokenizer, p, template, domain) for p in prompts]
     if ids: check_room(max(ids, key=len), context(model))
     requests = [Request(p, max_new_tokens, temperature, top_p, None if seed is None else seed+n, stop) for n, p in enumerate(ids)]

@@ -84,16 +84,18 @@ def rouge_l(prediction, reference):
     return RougeScorer(["rougeL"]).score(reference, prediction)["rougeL"].fmeasure
 
 # %% ../nbs/06_metrics.ipynb #6d000002
-_NUMBER = re.compile(r"(?:(?<![\w.)])-\s?\$?)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:\s?/\s?\d+(?![\d.]))?")
+_NUMBER = re.compile(r"(?:(?<![\w.)])-\s?\$?)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:\s?/\s?\d+(?!\d|\.\d))?")
 
 def final_number(
     text:str, # A worked answer or a bare result
 )->Fraction|None: # Exact, so that 0.5 and 1/2 are one; None where there is no number
     "The result of a math answer; calculator marks like <<2*3=6>> do not count (GSM8K, arXiv:2110.14168)."
-    steps, mark, result = re.sub(r"<<[^<>]*>>", "", text.replace("\u2212", "-")).rpartition("####")
+    text = re.sub(r"\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}", r"\1/\2", text.replace("\u2212", "-"))      # LaTeX's \frac{1}{2}
+    steps, mark, result = re.sub(r"<<[^<>]*>>", "", text).rpartition("####")
     found = [re.sub(r"[\s,$]", "", n) for n in _NUMBER.findall(result)]
     if not found: return final_number(steps) if mark else None
     top, _, bottom = (found[0] if mark else found[-1]).partition("/")
+    if len(top) > 4000 or len(bottom) > 4000: return None      # a model that repeats a digit; Python reads no longer numbers
     return Fraction(top)/Fraction(bottom) if bottom and int(bottom) else Fraction(top)
 
 @metric("numeric_match")
@@ -143,7 +145,8 @@ def bootstrap(
     weights = np.ones(len(values)) if weights is None else np.asarray(weights, float)
     rng = np.random.default_rng(seed)
     draws = rng.multinomial(len(values), np.full(len(values), 1/len(values)), size=n)
-    means = (draws @ values) / np.maximum(draws @ weights, 1e-12)
+    total = draws @ weights
+    means = (draws @ values)[total > 0] / total[total > 0]      # a draw of items without a token says nothing
     lo, hi = np.percentile(means, [2.5, 97.5])
     return dict(mean=float(values.sum()/weights.sum()), lo=float(lo), hi=float(hi))
 
@@ -172,6 +175,7 @@ def windows(
     "Cut a long text into overlapping rows. `InvalidConfigError` for a stride that would skip a token."
     stride = length//2 if stride is None else stride
     if not 1 <= stride < length: raise InvalidConfigError(f"stride={stride} not in 1..{length-1} (windows of {length} tokens); the first token of a window has nothing before it")
+    if not ids: return []
     ends = [*range(length, len(ids), stride), len(ids)]
     starts = [max(0, end-length) for end in ends]
     return [dict(input_ids=ids[s:e], labels=[-100]*(max(done, 1)-s) + ids[max(done, 1):e]) for s, e, done in zip(starts, ends, [0, *ends])]
@@ -228,11 +232,14 @@ def summarize(
 def difference(
     a:pd.DataFrame, b:pd.DataFrame, # Two models' evaluations of the same items, as from `evaluate_model`
     name:str="nll", # "nll" (per token) or a metric
-)->dict: # `mean` of a − b, `lo`, `hi`
+)->dict: # `mean` of a − b, `lo`, `hi`; None where nothing was measured
     "The paired difference with its interval: what both find hard does not blur it. `MetricComputationError` for different items."
     if list(a.id) != list(b.id): raise MetricComputationError("the two evaluations are of different items, so they cannot be paired; evaluate both on the same rows")
-    gap = a[name] - b[name]
-    return bootstrap(gap, a.n_tokens) if name == "nll" else bootstrap(gap.dropna())
+    if name not in a or name not in b: raise MetricComputationError(f"{name!r} was not measured in both; evaluate both with it")
+    (x, y), (n, m) = ([df[c].to_numpy(float) for df in (a, b)] for c in (name, "n_tokens"))
+    if name == "nll": return bootstrap(x - y*(n/m), n)      # per token of each, an item counting as its tokens in `a`
+    gap = (x - y)[~np.isnan(x - y)]
+    return bootstrap(gap) if len(gap) else dict(mean=None, lo=None, hi=None)
 
 # %% ../nbs/06_metrics.ipynb #6d500002
 class _Clocked(Request):

@@ -228,6 +228,7 @@ def recovered(
     n:int=2000, seed:int=0, # Resamples, and their seed
 )->dict|None: # `mean`, `lo`, `hi`: the share of the way from cut to control; None where the control is not better by more than its interval
     "Share of the control's level that healing reached: 0 as the cut model, 1 as the control."
+    if not list(cut.id) == list(healed.id) == list(control.id): raise MetricComputationError("the evaluations are of different items, so they cannot be paired; evaluate all on the same rows")
     def sums(df): return (df.nll if name == "nll" else df[name]).to_numpy(float)
     gap, way = sums(cut)-sums(healed), sums(cut)-sums(control)
     keep = ~np.isnan(gap)

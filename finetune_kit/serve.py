@@ -11,6 +11,7 @@ __all__ = ['ERRORS', 'UnknownModelError', 'BusyError', 'Catalogue', 'Job', 'Engi
 import asyncio, contextlib, gc, hmac, json, threading, time, uuid
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -266,9 +267,10 @@ class Stats:
     def timed(self):
         "Time a request, and count how it ended."
         start, outcome = time.perf_counter(), "failed"
+        ended = SimpleNamespace(outcome="answered")
         try:
-            yield
-            outcome = "answered"
+            yield ended
+            outcome = ended.outcome
         finally:
             self.requests.labels(outcome).inc()
             self.seconds.observe(time.perf_counter() - start)
@@ -342,6 +344,7 @@ def create_app(
         yield
         await asyncio.to_thread(engine.close)
 
+    if api_key and not api_key.isascii(): raise InvalidConfigError("the API key has characters that a header cannot carry; choose one of ASCII characters")
     app = FastAPI(title="finetune_kit", description="Models whole, cut and healed, behind OpenAI's routes.", lifespan=lifespan)
     app.add_middleware(BodyLimit, limit=max_body)
     app.state.engine = engine
@@ -389,7 +392,7 @@ def create_app(
         source = await asyncio.to_thread(catalogue.find, ask.model)
         head = dict(id=f"{'chatcmpl' if 'chat' in kind else 'cmpl'}-{uuid.uuid4().hex}", object=kind, created=int(time.time()), model=ask.model)
         answers = _Answers(engine, source, prompts, ask, limit)
-        with stats.timed():
+        with stats.timed() as ended:
             events = answers.__aiter__()
             gone, first = asyncio.create_task(_gone(http)), asyncio.create_task(anext(events))
             try: await asyncio.wait({gone, first}, return_when=asyncio.FIRST_COMPLETED)
@@ -397,6 +400,7 @@ def create_app(
             if not first.done():
                 answers.cancel()
                 first.cancel()
+                ended.outcome = "left"
                 return failed(499, error_body("the client left", 499, "cancelled"))
             opening = first.result()    # raises what the engine found, while the status can still say so
             if ask.stream: return StreamingResponse(stream(answers, opening, events, ask, head | dict(object=kind.replace("chat.completion", "chat.completion.chunk")), delta), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -408,7 +412,9 @@ def create_app(
                 if not rest.done():
                     answers.cancel()
                     rest.cancel()
-            if not rest.done() or rest.cancelled(): return failed(499, error_body("the client left", 499, "cancelled"))
+            if not rest.done() or rest.cancelled():
+                ended.outcome = "left"
+                return failed(499, error_body("the client left", 499, "cancelled"))
             rest.result()
         stats.count(answers.usage())
         return head | dict(choices=[dict(index=i, logprobs=None, finish_reason=r.reason, **choice(r.text)) for i, r in enumerate(answers.done)], usage=answers.usage())
@@ -417,7 +423,7 @@ def create_app(
         async for _ in events: pass
 
     async def stream(answers, opening, events, ask, head, delta):
-        def line(choices, **more): return f"data: {json.dumps(head | dict(choices=choices) | more, ensure_ascii=False)}\n\n"
+        def line(choices, **more): return f"data: {json.dumps(head | dict(choices=choices) | more)}\n\n"
         def lines(i, event):
             if isinstance(event, str): return line([dict(index=i, finish_reason=None, logprobs=None, **delta(event))])
             return line([dict(index=i, finish_reason=event.reason, logprobs=None, **delta(None))])
@@ -478,10 +484,14 @@ class Client:
             return r
         try: return with_retries(once, self.tries, self.wait)
         except httpx.HTTPStatusError as e: return e.response
+        except httpx.ConnectError as e: raise FineTuneError(f"no service at {self.http.base_url}: {e}") from None
 
     def models(self)->list[str]: # Names
         "What is served."
-        return [m["id"] for m in self._checked(self.http.get("/v1/models")).json()["data"]]
+        import httpx
+        try: answer = with_retries(lambda: self.http.get("/v1/models"), self.tries, self.wait)
+        except httpx.ConnectError as e: raise FineTuneError(f"no service at {self.http.base_url}: {e}") from None
+        return [m["id"] for m in self._checked(answer).json()["data"]]
 
     def _body(self, asked, options):
         self.model = self.model or self.models()[0]

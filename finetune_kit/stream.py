@@ -63,7 +63,7 @@ def stream_model(
     with init_empty_weights(include_buffers=False): model = AutoModelForCausalLM.from_config(cfg, dtype=dtype)
     prefix, own, files = layers_path(cfg)+".", dict(model.named_parameters()), {}
     for key, file in where.items():
-        full = key if key in own else f"{model.base_model_prefix}.{key}"   # some checkpoints are of the base model alone
+        full = next((k for k in (key, {"embed_out.weight": "lm_head.weight"}.get(key)) if k in own), f"{model.base_model_prefix}.{key}")   # GPT-NeoX's head; some checkpoints are of the base model alone
         if full.startswith(prefix):
             i, rest = full[len(prefix):].split(".", 1)
             if full in own: files.setdefault(int(i), {}).setdefault(file, {})[rest] = key

@@ -173,6 +173,7 @@ def _check_tokenizer(model, tokenizer, base):
     vocab, rows = tokenizer.get_vocab(), model.get_input_embeddings().weight.shape[0]
     last = max(vocab, key=vocab.get)
     if vocab[last] >= rows: raise IncompatibleConfigError(f"the tokenizer's {last!r} is id {vocab[last]}, the embedding has 0..{rows-1}; save the tokenizer that came with the model, load_tokenizer({str(base)!r})")
+    if Path(base or "").is_dir() and not any(f for kind in ("*token*", "vocab*", "*.model") for f in Path(base).glob(kind)): return   # transformers would make up an empty one
     try: own = AutoTokenizer.from_pretrained(base, local_files_only=True).get_vocab() if base else {}
     except (OSError, ValueError): return   # no tokenizer beside these weights
     if (other := [t for t in own if vocab.get(t) != own[t]]): raise IncompatibleConfigError(

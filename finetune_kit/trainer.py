@@ -28,7 +28,7 @@ TRACKERS = "wandb", "trackio", "tensorboard"
 
 class StrictConfig(BaseModel):
     "Frozen settings that refuse what they do not know."
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def __init__(self, **values):
         for name, value in values.items():   # pydantic would take True for 1
@@ -155,6 +155,7 @@ def _split(dataset):
 def _prepare(model, dataset, cfg):
     train_rows, val_rows = _split(dataset)
     if not train_rows: raise EmptyDatasetError("no row to train on")
+    if cfg.patience and not val_rows: raise IncompatibleConfigError(f"patience={cfg.patience} without validation rows: nothing is measured to wait for; give a dict with \"validation\"")
     longest, room = max(len(e["input_ids"]) for e in train_rows), getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if room and longest > room: raise InvalidConfigError(f"a row of {longest} tokens does not fit into the model's context of {room}; set max_length={room}")
     seed_everything(cfg.seed)
@@ -172,6 +173,7 @@ def plain_loop(
     "Fine-tune without a Trainer: the loss of a step is the mean over all its scored tokens, whatever the micro-batches."
     import torch
     from transformers import get_scheduler
+    if cfg.patience or cfg.checkpointing: raise IncompatibleConfigError("plain_loop neither stops early nor recomputes; set patience=0 and checkpointing=False, or use train")
     model, rows, val_rows = _prepare(model, dataset, cfg)
     params = [p for p in model.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay)
@@ -367,6 +369,12 @@ def _since_best(lines):
     seen = [o["val_loss"] for o in lines if "val_loss" in o]
     return len(seen)-1 - seen.index(min(seen)) if seen else 0
 
+def _mark(file, done, cfg, rows):
+    "What is trained, beside the checkpoints: another training does not go on from them."
+    this = digest([cfg.model_dump(exclude={"nproc", "report_to", "save_every", "checkpointing"}), [[e.get("id"), len(e["input_ids"])] for e in rows]])
+    if done and file.exists() and json.loads(file.read_text()) != this: raise IncompatibleConfigError(f"{file.parent} holds checkpoints of a training with other settings or rows; name another folder, or remove it")
+    if os.environ.get("RANK", "0") == "0": write_atomic(file, json.dumps(this))
+
 def train(
     model, tokenizer, # As from `load_model`, cut or whole
     dataset, # Encoded rows, or a dict of them under "train" and "validation"
@@ -385,6 +393,7 @@ def train(
     model, rows, val_rows = _prepare(model, dataset, cfg)
     if cfg.checkpointing: _recompute(model)
     order, done = row_order(len(rows), cfg), folder and newest_checkpoint(folder)
+    if folder: _mark(Path(folder)/"training.json", done, cfg, rows)
     lines = json.loads((done/"log.json").read_text()) if done else []
     cpu = model.device.type == "cpu"
     with tempfile.TemporaryDirectory() as d, quiet(), _tracked(cfg.report_to, folder):

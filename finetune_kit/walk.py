@@ -28,7 +28,10 @@ def cut_edits(
     if isinstance(cut, LayerPlan):
         if cut.n_layers != depth: raise IncompatibleConfigError(f"the plan is for {cut.n_layers} layers, the model has {depth}; make it for this model: drop(model, spec)")
         return tuple((i, "layer") for i in cut.dropped)
-    edits = tuple(sorted((parse_layers(i, depth)[0], part) for i, part in cut.items()))
+    named = [(parse_layers(i, depth), part) for i, part in cut.items()]
+    if bad := [i for i, (layers, _) in zip(cut, named) if len(layers) != 1]: raise InvalidConfigError(f"a cut says of each layer what goes, so {bad[0]!r} is none of its keys; give layers one by one")
+    edits = tuple(sorted((layers[0], part) for layers, part in named))
+    if twice := [i for (i, _), (j, _) in itertools.pairwise(edits) if i == j]: raise InvalidConfigError(f"a cut names layer {twice[0]} twice; a layer without both parts is taken out as \"layer\"")
     if bad := [p for _, p in edits if p not in PARTS]: raise InvalidConfigError(f"part {choices(bad[0], PARTS)}")
     if len(edits) == depth and all(p == "layer" for _, p in edits): raise InvalidConfigError(f"the cut keeps none of {depth} layers; at least one must stay")
     return edits
@@ -202,13 +205,11 @@ def check_batches(
         if top >= vocab or low < 0: raise IncompatibleConfigError(f"batch {n} holds token id {top if top >= vocab else low}, not in 0..{vocab-1}, the model's vocabulary: it comes from another model's tokenizer; load_model returns the right one")
 
 def _fingerprint(model):
-    "What a model is, by its configuration and a sample of its weights (of layers on disk: their files)."
-    import torch
+    "What a model is, by its configuration and its weights (of layers on disk: their files)."
+    import hashlib, torch
     lm, out = _causal_lm(model), []
     for name, p in model.named_parameters():
-        if p.is_meta: continue
-        flat = p.detach().reshape(-1)
-        out.append([name, list(p.shape), str(p.dtype), flat[::max(1, len(flat)//64)].double().cpu().sum().item() if flat.dtype != torch.uint8 else int(flat[::max(1, len(flat)//64)].long().sum())])
+        if not p.is_meta: out.append([name, list(p.shape), str(p.dtype), hashlib.blake2b(p.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()).hexdigest()])
     disk = getattr(lm, "kit_disk", None)
     files = sorted({f for some in disk.files.values() for f in some}) if disk else []
     return digest([lm.config.to_json_string(), out, [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files], str(disk.dtype) if disk else ""], 16)
