@@ -4,7 +4,7 @@ import json, multiprocessing, os, random, resource, signal, time
 import pytest, torch
 from conftest import ROOT
 from finetune_kit.chat import encode_rows
-from finetune_kit.core import CheckpointError, NaNLossError, digest
+from finetune_kit.core import CheckpointError, IncompatibleConfigError, NaNLossError, digest
 from finetune_kit.data import prepare_dataset
 from finetune_kit.model import load_model
 from finetune_kit.surgery import apply_plan, drop
@@ -95,6 +95,13 @@ def test_the_batch_of_a_nan_is_kept(rows, tmp_path):
     with pytest.raises(NaNLossError, match="nan-step-1.json"): train(model, tokenizer, rows, TrainConfig(**CFG), folder=tmp_path)
     kept = json.loads((tmp_path/"nan-step-1.json").read_text())
     assert len(kept) == 4 and {e["id"] for e in kept} <= {e["id"] for e in rows} and all(e["input_ids"] for e in kept) and not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_another_training_does_not_go_on_from_it(rows, tmp_path):
+    few = CFG | dict(max_steps=2, save_every=1)
+    train(*cut(), rows, TrainConfig(**few), folder=tmp_path)
+    with pytest.raises(IncompatibleConfigError, match="other settings or rows"): train(*cut(), rows, TrainConfig(**few | dict(lr=.05)), folder=tmp_path)
+    with pytest.raises(IncompatibleConfigError, match="other settings or rows"): train(*cut(), rows[:8], TrainConfig(**few), folder=tmp_path)
 
 
 @pytest.mark.slow

@@ -51,6 +51,15 @@ def text():
     return model, batches(encode_rows(load_rows(ROOT/"data/domains", "validation", max_rows=24), tok), 4)
 
 
+def test_a_study_goes_on_for_the_same_weights_only(text, tmp_path):
+    from finetune_kit.importance import drop_one
+    model, some = text
+    before = drop_one(model, some[:2], resume=tmp_path)
+    model.model.layers[3].self_attn.o_proj.weight.data[:, 32:64] = 0      # one head
+    after = drop_one(model, some[:2], resume=tmp_path)
+    assert after.attrs["baseline"] != before.attrs["baseline"] and after.delta.tolist() == drop_one(model, some[:2]).delta.tolist()
+
+
 def test_a_killed_study_goes_on(text, tmp_path):
     from finetune_kit.importance import drop_one
     fork = multiprocessing.get_context("fork")
