@@ -633,7 +633,7 @@ def augment(
         rng, asked, said = random.Random(f"{seed} {r['id']}"), r["messages"][at]["content"], {r["messages"][at]["content"]}
         for _ in range(8*n):   # one that says nothing new is drawn again
             new = augmentations[rng.choice(kinds or sorted(augmentations))](asked, rng)
-            if new in said: continue
+            if new in said or not new.strip(): continue
             said.add(new)
             messages = [m | dict(content=new) if i == at else m for i, m in enumerate(r["messages"])]
             out.append(r | dict(messages=messages, id=digest(messages), augmented=r["id"]))

@@ -321,5 +321,5 @@ def agreement(
             if draws and (a in draws or b in draws):
                 ranked = [stats.rankdata(np.atleast_2d(draws.get(k, v))[:, both], axis=1) for k, v in ((a, x), (b, y))]
                 each = stats.zscore(ranked[0], axis=1)*stats.zscore(ranked[1], axis=1)
-                rows[-1] |= dict(zip(("spearman_lo", "spearman_hi"), map(float, np.percentile(each.mean(1), [2.5, 97.5]))))
+                rows[-1] |= dict(zip(("spearman_lo", "spearman_hi"), map(float, np.nanpercentile(each.mean(1), [2.5, 97.5]))))
     return pd.DataFrame(rows)

@@ -141,9 +141,9 @@ def _losses(model, states, targets, budget):
     cap, head = getattr(lm.config.get_text_config(), "final_logit_softcapping", None), lm.get_output_embeddings()
     chunk = max(16, int(budget//(12*head.weight.shape[0])))   # logits, their softmax and a copy, in fp32
     for at in range(0, len(states), chunk):
-        logits = head(_final_norm(model)(states[at:at+chunk])).float()
-        if cap: logits = cap*torch.tanh(logits/cap)
-        yield torch.nn.functional.cross_entropy(logits, targets[at:at+chunk], reduction="none")
+        logits = head(_final_norm(model)(states[at:at+chunk]))
+        if cap: logits = cap*torch.tanh(logits/cap)         # in the model's own precision, as it does
+        yield torch.nn.functional.cross_entropy(logits.float(), targets[at:at+chunk], reduction="none")
 
 def _row_nll(model, h, batch, budget):
     "The summed NLL of each row's scored tokens, (rows,), float64, from the states behind a layer."
