@@ -38,6 +38,7 @@ def plot_losses(
         if "val_loss" in log: ax.plot(*log[["step", "val_loss"]].dropna().T.values, "o--", color=STATES[state], ms=5, lw=1, label=f"{state}, validation")
     high = max(np.nanquantile(log.loss, .98) for log in logs.values())
     ax.set(xlabel="optimizer step", ylabel="loss (nats per answer token)", title="Loss while fine-tuning", ylim=(0, high*1.08))
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(ncols=2, loc="upper right")   # where losses have left; "best" takes long on a slow machine, and then warns
     return fig
 
@@ -129,14 +130,14 @@ def plot_importance(
 ): # matplotlib figure
     "Cost of each layer with its 95% interval."
     import matplotlib.pyplot as plt
-    depth = max(len(t) for t in tables.values())
-    fig, ax = plt.subplots(figsize=(max(6, min(12, .45*depth+2)), 3.9), layout="constrained")
+    layers = sorted({i for t in tables.values() for i in t.layer})
+    fig, ax = plt.subplots(figsize=(max(6, min(12, .45*len(layers)+2)), 3.9), layout="constrained")
     for n, (name, t) in enumerate(tables.items()):
         x = t.layer + (n - (len(tables)-1)/2)*.6/len(tables)
         ax.errorbar(x, t.delta, yerr=[t.delta-t.lo, t.hi-t.delta], fmt=MARKS[n % 6], color=SERIES[n % 6], ms=5.5, lw=1.6, capsize=2.5, label=f"{_plain(name)} (whole model: {t.attrs['baseline']:.3f})")
     ax.axhline(0, color="#57606a", lw=.8)
     _symlog(ax, "y", np.concatenate([v for t in tables.values() for v in (t.delta, t.lo, t.hi)]))
-    ax.set(xlabel="layer taken out", ylabel="added NLL (nats per token)", title=title, xticks=range(0, depth, max(1, depth//16)))
+    ax.set(xlabel="layer taken out", ylabel="added NLL (nats per token)", title=title, xticks=layers[::max(1, len(layers)//16)])
     fig.legend(loc="outside lower center", ncols=2, fontsize=9)
     return fig
 

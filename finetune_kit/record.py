@@ -42,9 +42,11 @@ def content_hashes(
     asked = {k: v for k, v in cfg.model_dump().items() if k not in ("drop_layer", "prune_after")} | dict(dropped=plan.dropped if plan else [])
     backend = getattr(cfg, "backend", "auto")
     if backend == "auto": backend = "unsloth" if importlib.util.find_spec("unsloth") else "transformers"
-    return dict(config=digest(asked), code=digest([*(_file_digest(p) for p in sorted(Path(finetune_kit.__file__).parent.glob("*.py"))), cells]),
+    none = {k for k, v in dict(data=data, model=model, template=model).items() if v is None}      # an experiment without one has no digest of it
+    every = dict(config=digest(asked), code=digest([*(_file_digest(p) for p in sorted(Path(finetune_kit.__file__).parent.glob("*.py"))), cells]),
                 data=digest([(p.name, _file_digest(p)) for p in files] or data), model=digest([_file_digest(p) for p in weights] or model),
                 template=digest(jinja.read_text() if template in (None, "own") and jinja.exists() else template), machine=digest([device or detect_device(), backend]))
+    return {k: v for k, v in every.items() if k not in none}
 
 def run_id(
     name:str, # What the id begins with: the notebook's name, "control"
@@ -69,7 +71,7 @@ def environment()->dict: # `versions` of the packages that matter, `python`, `pl
     except OSError: commit = ""
     device = detect_device()
     return dict(versions={n: v for n in names if (v := found(n))}, python=platform.python_version(), platform=platform.platform(), commit=commit or None,
-                device=torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads")
+                device=torch.cuda.get_device_name() if device == "cuda" else f"{device}, {(n := torch.get_num_threads())} thread{'s'*(n > 1)}")
 
 # %% ../nbs/14_record.ipynb #0ac6e3b8
 def _gone(pid):

@@ -219,7 +219,7 @@ def answers_html(
         return f'<td style="color:#116329">✓ {text}</td>' if df.get("exact_match", pd.Series(dtype=float)).get(i) == 1 else f"<td>{text}</td>"
     lines = "".join(f"<tr><td>{html.escape(str(first.question[i])[-300:])}</td><td>{html.escape(str(first.reference[i])[:300])}</td>{''.join(cell(df, i) for df in items.values())}</tr>" for i in chosen)
     widths = "<colgroup><col style='width:21%'><col style='width:19%'></colgroup>"
-    return f"<table style='table-layout:fixed;width:100%'>{widths}<thead><tr><th>question</th><th>reference</th>{''.join(f'<th>{s}</th>' for s in items)}</tr></thead><tbody>{lines}</tbody></table>"
+    return f"<table style='table-layout:fixed;width:100%;min-width:44rem'>{widths}<thead><tr><th>question</th><th>reference</th>{''.join(f'<th>{s}</th>' for s in items)}</tr></thead><tbody>{lines}</tbody></table>"
 
 # %% ../nbs/12_report.ipynb #dbf86370
 def recovered(
@@ -241,7 +241,7 @@ def recovered(
 
 # %% ../nbs/12_report.ipynb #be005e59
 def _range(d, percent=False):
-    f = (lambda v: f"{100*v:.0f}%") if percent else (lambda v: f"{v:.3f}")
+    f = (lambda v: f"{round(100*v)}%") if percent else (lambda v: f"{round(v, 3) + 0.:.3f}")     # no -0
     return f"{f(d['mean'])} ({f(d['lo'])} to {f(d['hi'])})"
 
 def verdict(
@@ -260,10 +260,10 @@ def verdict(
         text = f"Without <b>{gone}</b> ({len(plan.keep)} of {plan.n_layers} stay) the NLL goes from {s['base']['nll']:.3f} to <b>{s['cut']['nll']:.3f}</b>; fine-tuning brings it to <b>{s['healed']['nll']:.3f}</b>, where the whole model reaches {s['control']['nll']:.3f} by the same fine-tuning. "
         for name, share in shares.items():
             what = "NLL" if name == "nll" else name.replace("_", " ")
-            text += f"<b>In {what}, healing recovered {_range(share, True)} of the control's level.</b> " if share else f"In {what}, the control is not better than the cut model by more than its interval, so there was nothing to heal. "
+            text += f"<b>In {what}, healing recovered {_range(share, True)} of the control's level.</b> " if share else f"In {what}, the control is not surely better than the cut model (the interval includes 0), so there was nothing to heal. "
         for other, differences in dict(cut=gains, control=gaps).items():
             for name, g in differences.items():
-                sure = "more than its interval" if (g["lo"] > 0 or g["hi"] < 0) else "<b>not</b> more than its interval"
+                sure = "the interval excludes 0" if (g["lo"] > 0 or g["hi"] < 0) else "the interval <b>includes</b> 0"
                 text += f"Healed against {other}, {'NLL' if name == 'nll' else name.replace('_', ' ')}: {_range(g)}, {sure}. "
     return f'<div class="verdict">{text}<br><small>95% bootstrap intervals over items; {html.escape(conditions)}</small></div>'
 
