@@ -57,7 +57,8 @@ def _execute(notebook, parameter, output):
     pairs = [p.partition("=") for p in parameter or []]
     if bad := [name for name, mark, _ in pairs if not (name and mark)]: raise InvalidConfigError(f"-p {bad[0]}: a value is missing; -p NAME VALUE, or -p NAME=VALUE")
     values = _parameters([(name, value) for name, _, value in pairs])
-    known = papermill.inspect_notebook(str(path))
+    try: known = papermill.inspect_notebook(str(path))
+    except Exception as e: raise InvalidConfigError(f"{path} is no notebook that can be read ({type(e).__name__})") from None     # whatever nbformat meets
     if unknown := [k for k in values if k not in known]: raise InvalidConfigError(f"{path.name}: unknown parameter {choices(unknown[0], known)}")
     with tempfile.TemporaryDirectory() as d:
         try: done = papermill.execute_notebook(str(path), str(output or Path(d)/"out.ipynb"), values, kernel_name="python3", progress_bar=sys.stderr.isatty(), extra_arguments=["--log-level=50"], config=Config(KernelManager=dict(transport_encryption="auto")))
@@ -170,9 +171,9 @@ def _pair_values(args):
     return out
 
 def main():
-    "The command `finetune-kit`; an error of the kit is one line and exit code 1."
+    "The command `finetune-kit`; an error of the kit, or of a file, is one line and exit code 1."
     try: app(_pair_values(sys.argv[1:]))
-    except FineTuneError as e:
+    except (FineTuneError, OSError) as e:
         print(f"{type(e).__name__}: {e}", file=sys.stderr)
         sys.exit(1)
 
@@ -234,7 +235,7 @@ def sweep(
     if slurm_script:
         spec = runs.read_spec(file)
         write_atomic(slurm_script, runs.slurm_script(spec, resolve_path(file), len(runs.plan_sweep(spec))))
-        print(f"sbatch {slurm_script}")
+        print(json.dumps(dict(script=str(slurm_script))) if as_json else f"sbatch {slurm_script}")
         return
     table = runs.sweep(file, jobs, retry or None, dry_run, warm, only, slurm or None, show=lambda line: print(line, flush=True, file=sys.stderr if as_json else None))
     if as_json: print(table.to_json(orient="records"))

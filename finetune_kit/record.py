@@ -154,10 +154,15 @@ class Run:
         artifacts:dict|None=None, # Name → path, relative to the folder
     ):
         "Mark the run as done once the cell that calls this is through and its outputs are in the report. Its checkpoints have served."
-        shutil.rmtree(self.folder/"checkpoints", ignore_errors=True)
         done = dict(status="done", metrics=metrics, artifacts=artifacts or {}, finished=time.time(), error=None)
         if self.recorder: self._done = done
-        else: self.save(**done).release()
+        else: self._end(done)
+
+    def _end(self, end):
+        self.save(**end)
+        if end["status"] != "done": return
+        shutil.rmtree(self.folder/"checkpoints", ignore_errors=True)     # after, or a kill in between would cost the training
+        self.release()
 
     def release(self):
         "Let go of the folder: recorder, log file and lock."
@@ -181,8 +186,7 @@ class Run:
             end |= dict(error=f"{end['error'] or ''} (no report: {type(e).__name__}: {e})")
             raise
         finally:
-            self.save(**end)
-            if done: self.release()
+            self._end(end)
 
 def start_run(
     experiment:str, # The notebook's name, without suffix

@@ -206,7 +206,7 @@ def read_spec(
 )->SweepSpec:
     "Read and check a sweep."
     if isinstance(spec, SweepSpec): return spec
-    return SweepSpec(**spec) if isinstance(spec, dict) else SweepSpec(**(dict(name=Path(spec).stem) | load_config(spec)))
+    return SweepSpec(**spec) if isinstance(spec, dict) else SweepSpec(**(dict(name=Path(spec).stem) | {str(k): v for k, v in load_config(spec).items()}))
 
 # %% ../nbs/15_runs.ipynb #15d00002
 @dataclass
@@ -238,7 +238,8 @@ def _notebook(path):
     "Of an experiment notebook: the values in its parameters cell, its name, and the class of its config."
     import papermill
     if not path.exists(): raise InvalidConfigError(f"no notebook {str(path)!r}; there are: {', '.join(sorted(p.name for p in (ROOT/'nbs').glob('[a-z]*.ipynb')))}")
-    cells = [("".join(c["source"]), c["metadata"].get("tags", [])) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    try: cells = [("".join(c["source"]), c["metadata"].get("tags", [])) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    except (OSError, ValueError, KeyError, TypeError) as e: raise InvalidConfigError(f"{path} is no notebook that can be read ({type(e).__name__})") from None
     code, names, values = "\n".join(c for c, _ in cells), papermill.inspect_notebook(str(path)), {}
     for source, tags in cells:
         if "parameters" in tags: exec(source, values)
@@ -458,7 +459,7 @@ def sweep_table(
     rows = []
     for p in planned:
         info = p.info
-        status = info["status"] if info["status"] != "missing" else "failed" if p.error else "waiting"
+        status = "failed" if p.error and info["status"] in ("missing", "running") else "waiting" if info["status"] == "missing" else info["status"]      # "running": by another process, which has it
         metrics, row = info.get("metrics") or {}, dict(id=p.id, status=status, error=info.get("error") or p.error) | {k: p.dials[k] if k in p.dials else getattr(p.cfg, k, None) for k in spec.varied}
         for state, m in metrics.items():
             for k in ("nll", "exact_match"):
@@ -625,6 +626,9 @@ def sweep(
     if not 0 <= jobs <= most: raise InvalidConfigError(f"jobs={jobs} not in 0..{most} ({why}); 0 means {most}")
     jobs = min(jobs or most, len(planned))
     left = to_do(planned if only is None else [planned[only]], spec.retry if retry is None else retry)
+    if not dry_run:
+        try: runs_folder().mkdir(parents=True, exist_ok=True)
+        except OSError as e: raise InvalidConfigError(f"runs cannot be kept in {runs_folder()}: {e}; set FINETUNE_KIT_RUNS to a folder that can be written") from None
     statuses = sweep_table(spec, planned).status.value_counts()
     show(f"{spec.name}: {len(planned)} runs ({', '.join(f'{n} {s}' for s, n in statuses.items())}), {len(left)} to make, {jobs} at a time; {forecast_sweep(planned, left, spec.varied, jobs)[1]}")
     if dry_run:
@@ -645,6 +649,7 @@ def sweep(
     except KeyboardInterrupt:
         show(f"stopped: {len(done)} of {len(left)} were made; the same command goes on with the others")
         raise
-    finally: page = write_page(spec, planned)
-    show(f"index: {page}")
+    finally:
+        try: show(f"index: {write_page(spec, planned)}")
+        except Exception as e: log.error("the sweep's page cannot be written: %s: %s", type(e).__name__, e)
     return sweep_table(spec, planned)

@@ -371,7 +371,7 @@ def _since_best(lines):
 
 def _mark(file, done, cfg, rows):
     "What is trained, beside the checkpoints: another training does not go on from them."
-    this = digest([cfg.model_dump(exclude={"nproc", "report_to", "save_every", "checkpointing"}), [[e.get("id"), len(e["input_ids"])] for e in rows]])
+    this = digest([cfg.model_dump(include=set(TrainConfig.model_fields) - {"nproc", "report_to", "save_every", "checkpointing"}), [[e.get("id"), len(e["input_ids"])] for e in rows]])
     if done and file.exists() and json.loads(file.read_text()) != this: raise IncompatibleConfigError(f"{file.parent} holds checkpoints of a training with other settings or rows; name another folder, or remove it")
     if os.environ.get("RANK", "0") == "0": write_atomic(file, json.dumps(this))
 
@@ -425,7 +425,7 @@ def _in_processes(model, tokenizer, dataset, cfg, on_log, folder):
         job = Path(d).resolve()
         with quiet(): model.save_pretrained(job/"model"); tokenizer.save_pretrained(job/"model")
         (job/"rows.json").write_text(json.dumps({s: [{k: e[k] for k in ("id", "input_ids", "labels") if k in e} for e in rows] for s, rows in splits.items()}))
-        (job/"job.json").write_text(json.dumps(dict(config=cfg.model_dump(), folder=str(Path(folder).resolve()) if folder else None, host=socket.gethostname(), starter=os.getpid())))
+        (job/"job.json").write_text(json.dumps(dict(config=cfg.model_dump(include=set(TrainConfig.model_fields)), folder=str(Path(folder).resolve()) if folder else None, host=socket.gethostname(), starter=os.getpid())))
         _launch(_torchrun(cfg.nproc, nodes, job), job, on_log)
         model, weights = methods[cfg.method](model, cfg), load_file(job/"trained.safetensors")
         for n, p in model.named_parameters():

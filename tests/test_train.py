@@ -144,3 +144,10 @@ def test_config_file_and_dials(warm, tmp_path):
     (tmp_path/"base.yaml").write_text("max_step: 3\n")
     done = warm(tmp_path/"o.ipynb", tmp_path/"runs2", config=tmp_path/"mine.yaml")
     assert done.returncode != 0 and "unknown parameter 'max_step'" in done.stderr and "did you mean 'max_steps'" in done.stderr
+
+
+def test_two_processes_from_the_notebook(warm, tmp_path):
+    done = warm(tmp_path/"out.ipynb", tmp_path/"runs", drop_layer=7, nproc=2, max_steps=2, eval_every=0, eval_items=4, max_new_tokens=4, backend="transformers")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (run,) = [i for f in (tmp_path/"runs").glob("train-*/run.json") if (i := json.loads(f.read_text()))]
+    assert run["status"] == "done" and run["config"]["nproc"] == 2 and run["metrics"]["training"]["steps"] == 2
