@@ -236,8 +236,8 @@ def difference(
     "The paired difference with its interval: what both find hard does not blur it. `MetricComputationError` for different items."
     if list(a.id) != list(b.id): raise MetricComputationError("the two evaluations are of different items, so they cannot be paired; evaluate both on the same rows")
     if name not in a or name not in b: raise MetricComputationError(f"{name!r} was not measured in both; evaluate both with it")
-    (x, y), (n, m) = ([df[c].to_numpy(float) for df in (a, b)] for c in (name, "n_tokens"))
-    if name == "nll": return bootstrap(x - y*(n/m), n)      # per token of each, an item counting as its tokens in `a`
+    x, y = (df[name].to_numpy(float) for df in (a, b))
+    if name == "nll": return bootstrap(x - y*(a.n_tokens.to_numpy()/b.n_tokens.to_numpy()), a.n_tokens)      # per token of each, an item counting as its tokens in `a`
     gap = (x - y)[~np.isnan(x - y)]
     return bootstrap(gap) if len(gap) else dict(mean=None, lo=None, hi=None)
 

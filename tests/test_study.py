@@ -95,7 +95,7 @@ else:
 
 @pytest.mark.slow
 def test_streamed_layers_leave_memory_again(tmp_path):
-    "16 layers of 64 MiB: reading them one at a time takes a few of them at most."
+    "16 layers of 64 MiB: 1 GiB in all; read one at a time, they never stand in memory together (pages of the files count until the kernel wants them)."
     for what in ("write", "study"): done = subprocess.run([sys.executable, "-c", STREAMED, str(tmp_path), what], cwd=ROOT, capture_output=True, text=True)
     _, mib, layers = done.stdout.split()
-    assert int(layers) == 16 and float(mib) < 400, done.stdout
+    assert int(layers) == 16 and float(mib) < 700, done.stdout
