@@ -93,3 +93,13 @@ def test_report_in_a_browser(tmp_path):
         orange = (abs(picture - np.array([0xD5, 0x5E, 0])/255) < .02).all(-1)
         assert orange.sum() > 500, "the figure's bars"
         assert (picture[:, -4:] > .98).all(), "nothing touches the right edge"
+
+
+@pytest.mark.parametrize("notebook", sorted((ROOT/"nbs").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_every_cell_is_python(notebook):
+    "Also of experiments that only slow tests run; and a table that draws its own id makes no two reports alike."
+    from IPython.core.inputtransformer2 import TransformerManager
+    for c in json.loads(notebook.read_text())["cells"]:
+        if c["cell_type"] != "code": continue
+        compile(TransformerManager().transform_cell("".join(c["source"])), f"{notebook.name}, {c['id']}", "exec")
+        assert "".join(c["source"]).count(".hide(axis='index')") == "".join(c["source"]).count(".set_uuid("), c["id"]
