@@ -472,6 +472,11 @@ class Client:
             raise FineTuneError(f"{r.status_code}: {message}")
         return r
 
+    def _reach(self, call):
+        import httpx
+        try: return with_retries(call, self.tries, self.wait)
+        except httpx.ConnectError as e: raise FineTuneError(f"no service at {self.http.base_url}: {e}") from None
+
     def _ask(self, body):
         "The service's answer, still to be read."
         import httpx
@@ -482,16 +487,12 @@ class Client:
                 r.read()
                 r.raise_for_status()
             return r
-        try: return with_retries(once, self.tries, self.wait)
+        try: return self._reach(once)
         except httpx.HTTPStatusError as e: return e.response
-        except httpx.ConnectError as e: raise FineTuneError(f"no service at {self.http.base_url}: {e}") from None
 
     def models(self)->list[str]: # Names
         "What is served."
-        import httpx
-        try: answer = with_retries(lambda: self.http.get("/v1/models"), self.tries, self.wait)
-        except httpx.ConnectError as e: raise FineTuneError(f"no service at {self.http.base_url}: {e}") from None
-        return [m["id"] for m in self._checked(answer).json()["data"]]
+        return [m["id"] for m in self._checked(self._reach(lambda: self.http.get("/v1/models"))).json()["data"]]
 
     def _body(self, asked, options):
         self.model = self.model or self.models()[0]
