@@ -1,4 +1,5 @@
 "Shared by the tests: where things are, and how a notebook is run: by papermill's own command line, or on a warm kernel."
+
 import os, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-REAL = ROOT.parent/"shared"/"real"
-os.environ.setdefault("OMP_NUM_THREADS", "1")   # sums depend on it in their last digits, and warm kernels have one
+REAL = ROOT.parent / "shared" / "real"
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # sums depend on it in their last digits, and warm kernels have one
 
 
 def pytest_configure(config):
@@ -18,25 +21,55 @@ def pytest_configure(config):
 @pytest.fixture(scope="session")
 def real():
     "Weights and data that nobody here made; they stand beside the checkout, where they are at all."
-    if not REAL.is_dir(): pytest.skip(f"no real weights and data at {REAL}")
+    if not REAL.is_dir():
+        pytest.skip(f"no real weights and data at {REAL}")
     return REAL
 
 
 def papermill(out, runs, notebook="nbs/train.ipynb", /, **parameters):
     "What a user types; the run's folder goes under `runs`."
-    command = [sys.executable, "-m", "papermill", str(ROOT/notebook), str(out), "--no-progress-bar", *(o for k, v in parameters.items() for o in ("-p", k, str(v)))]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | dict(FINETUNE_KIT_RUNS=str(runs)), capture_output=True, text=True, timeout=2400)
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(ROOT / notebook),
+        str(out),
+        "--no-progress-bar",
+        *(o for k, v in parameters.items() for o in ("-p", k, str(v))),
+    ]
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | dict(FINETUNE_KIT_RUNS=str(runs)),
+        capture_output=True,
+        text=True,
+        timeout=2400,
+    )
 
 
 @pytest.fixture(scope="session")
 def warm():
     "As `papermill`, on kernels forked from one process that has imported what is heavy, as a sweep does."
     import papermill as pm
-    from finetune_kit.runs import Kernels
+    from finetune_kit.kernels import Kernels
+
     with Kernels() as kernels:
+
         def run(out, runs, notebook="nbs/train.ipynb", /, **parameters):
             asked = {k: str(v) if isinstance(v, Path) else v for k, v in parameters.items()}
-            try: pm.execute_notebook(ROOT/notebook, out, asked, kernel_name="python3", progress_bar=False, start_timeout=600, cwd=ROOT, kernel_manager_class=kernels.manager(FINETUNE_KIT_RUNS=str(runs)))
-            except Exception as e: return SimpleNamespace(returncode=1, stderr=str(e))
+            try:
+                pm.execute_notebook(
+                    ROOT / notebook,
+                    out,
+                    asked,
+                    kernel_name="python3",
+                    progress_bar=False,
+                    start_timeout=600,
+                    cwd=ROOT,
+                    kernel_manager_class=kernels.manager(FINETUNE_KIT_RUNS=str(runs)),
+                )
+            except Exception as e:
+                return SimpleNamespace(returncode=1, stderr=str(e))
             return SimpleNamespace(returncode=0, stderr="")
+
         yield run

@@ -1,4 +1,5 @@
 "What training meets: kill -9, a damaged checkpoint, a full disk, a loss that is no number. Children are forked, so that the libraries are imported once."
+
 import json, multiprocessing, os, random, resource, signal, time
 
 import pytest, torch
@@ -7,32 +8,57 @@ from finetune_kit.chat import encode_rows
 from finetune_kit.core import CheckpointError, IncompatibleConfigError, NaNLossError, digest
 from finetune_kit.data import prepare_dataset
 from finetune_kit.model import load_model
-from finetune_kit.surgery import apply_plan, drop
-from finetune_kit.trainer import TrainConfig, newest_checkpoint, train
-from trl import SFTConfig, SFTTrainer   # before anything is forked, for it takes seconds
+from finetune_kit.plan import drop
+from finetune_kit.surgery import apply_plan
+from finetune_kit.training import TrainConfig
+from finetune_kit.checkpoints import newest_checkpoint
+from finetune_kit.trainer import train
+from trl import SFTConfig, SFTTrainer  # before anything is forked, for it takes seconds
 
-CFG = dict(max_steps=6, batch_size=4, warmup_steps=2, eval_every=0, lora_r=4, lora_dropout=.1, save_every=2)
+CFG = dict(
+    max_steps=6,
+    batch_size=4,
+    warmup_steps=2,
+    eval_every=0,
+    lora_r=4,
+    lora_dropout=0.1,
+    save_every=2,
+)
 fork = multiprocessing.get_context("fork")
 
 
 def cut():
-    model, tokenizer = load_model(ROOT/"data/tiny-base", backend="transformers", device="cpu")
+    model, tokenizer = load_model(ROOT / "data/tiny-base", backend="transformers", device="cpu")
     return apply_plan(model, drop(model, 7)), tokenizer
 
 
 @pytest.fixture(scope="module")
 def rows():
-    return encode_rows(prepare_dataset(ROOT/"data/domains", max_rows=24)["train"], cut()[1])
+    return encode_rows(prepare_dataset(ROOT / "data/domains", max_rows=24)["train"], cut()[1])
 
 
 def work(rows, folder, pipe, cfg, on_log=None):
     torch.set_num_threads(1)
+
     def told(line):
         pipe.send(line["step"])
-        if on_log: on_log(line)
-    try: result = train(*cut(), rows, TrainConfig(**cfg), told, folder)
-    except CheckpointError as e: pipe.send(str(e))
-    else: pipe.send(digest({n: p.detach().numpy().tobytes().hex() for n, p in result.model.named_parameters() if p.requires_grad}))
+        if on_log:
+            on_log(line)
+
+    try:
+        result = train(*cut(), rows, TrainConfig(**cfg), told, folder)
+    except CheckpointError as e:
+        pipe.send(str(e))
+    else:
+        pipe.send(
+            digest(
+                {
+                    n: p.detach().numpy().tobytes().hex()
+                    for n, p in result.model.named_parameters()
+                    if p.requires_grad
+                }
+            )
+        )
     os._exit(0)
 
 
@@ -46,8 +72,10 @@ def child(rows, folder, kill_at=None, on_log=None, **cfg):
     try:
         while True:
             sent.append(here.recv())
-            if sent[-1] == kill_at: os.kill(p.pid, signal.SIGKILL)
-    except EOFError: pass
+            if sent[-1] == kill_at:
+                os.kill(p.pid, signal.SIGKILL)
+    except EOFError:
+        pass
     p.join()
     return sent
 
@@ -60,73 +88,124 @@ def uninterrupted(rows, tmp_path_factory):
 @pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_any_step_it_ends_with_the_same_weights(rows, uninterrupted, times, tmp_path):
     for n, step in enumerate(random.Random(times).choices(range(1, 7), k=times)):
-        killed = child(rows, tmp_path/str(n), kill_at=step)
+        killed = child(rows, tmp_path / str(n), kill_at=step)
         assert killed[-1] != uninterrupted and step in killed
-        again = child(rows, tmp_path/str(n))
+        again = child(rows, tmp_path / str(n))
         assert again[-1] == uninterrupted, f"killed at step {step}"
-        assert again[:-1] == list(range(1, 7)), "the log is whole, the part before the kill included"
+        assert again[:-1] == list(range(1, 7)), (
+            "the log is whole, the part before the kill included"
+        )
 
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(rows, uninterrupted, tmp_path, caplog):
     child(rows, tmp_path, kill_at=6)
     newest = newest_checkpoint(tmp_path)
-    (newest/"adapter_model.safetensors").write_bytes(b"\0" + (newest/"adapter_model.safetensors").read_bytes()[1:])
+    (newest / "adapter_model.safetensors").write_bytes(
+        b"\0" + (newest / "adapter_model.safetensors").read_bytes()[1:]
+    )
     before = newest_checkpoint(tmp_path)
-    assert int(before.name.split("-")[1]) < int(newest.name.split("-")[1]) and f"{newest.name} is not whole" in caplog.text
+    assert (
+        int(before.name.split("-")[1]) < int(newest.name.split("-")[1])
+        and f"{newest.name} is not whole" in caplog.text
+    )
     assert child(rows, tmp_path)[-1] == uninterrupted
 
 
 @pytest.mark.slow
 def test_a_full_disk(rows, uninterrupted, tmp_path):
-    def fill(line):   # from step 3 on no file may grow beyond 2 kB
+    def fill(line):  # from step 3 on no file may grow beyond 2 kB
         if line["step"] == 3:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+
     sent = child(rows, tmp_path, on_log=fill)
-    assert sent[:-1] == [1, 2, 3, 4] and "cannot write" in sent[-1] and "checkpoint-4" in sent[-1] and "save_every=0" in sent[-1]
-    assert [f.name for f in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"] and newest_checkpoint(tmp_path)
+    assert (
+        sent[:-1] == [1, 2, 3, 4]
+        and "cannot write" in sent[-1]
+        and "checkpoint-4" in sent[-1]
+        and "save_every=0" in sent[-1]
+    )
+    assert [f.name for f in tmp_path.glob("checkpoint-*")] == [
+        "checkpoint-2"
+    ] and newest_checkpoint(tmp_path)
     assert child(rows, tmp_path)[-1] == uninterrupted
 
 
 def test_the_batch_of_a_nan_is_kept(rows, tmp_path):
     model, tokenizer = cut()
-    with torch.no_grad(): model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(NaNLossError, match="nan-step-1.json"): train(model, tokenizer, rows, TrainConfig(**CFG), folder=tmp_path)
-    kept = json.loads((tmp_path/"nan-step-1.json").read_text())
-    assert len(kept) == 4 and {e["id"] for e in kept} <= {e["id"] for e in rows} and all(e["input_ids"] for e in kept) and not list(tmp_path.glob("checkpoint-*"))
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(NaNLossError, match="nan-step-1.json"):
+        train(model, tokenizer, rows, TrainConfig(**CFG), folder=tmp_path)
+    kept = json.loads((tmp_path / "nan-step-1.json").read_text())
+    assert (
+        len(kept) == 4
+        and {e["id"] for e in kept} <= {e["id"] for e in rows}
+        and all(e["input_ids"] for e in kept)
+        and not list(tmp_path.glob("checkpoint-*"))
+    )
 
 
 def test_another_training_does_not_go_on_from_it(rows, tmp_path):
     few = CFG | dict(max_steps=2, save_every=1)
     train(*cut(), rows, TrainConfig(**few), folder=tmp_path)
-    with pytest.raises(IncompatibleConfigError, match="other settings or rows"): train(*cut(), rows, TrainConfig(**few | dict(lr=.05)), folder=tmp_path)
-    with pytest.raises(IncompatibleConfigError, match="other settings or rows"): train(*cut(), rows[:8], TrainConfig(**few), folder=tmp_path)
+    with pytest.raises(IncompatibleConfigError, match="other settings or rows"):
+        train(*cut(), rows, TrainConfig(**few | dict(lr=0.05)), folder=tmp_path)
+    with pytest.raises(IncompatibleConfigError, match="other settings or rows"):
+        train(*cut(), rows[:8], TrainConfig(**few), folder=tmp_path)
 
 
 @pytest.mark.slow
 def test_two_processes_killed_go_on_and_leave_none_behind(rows, tmp_path):
     import psutil, time
-    whole, killed = tmp_path/"whole"/"checkpoints", tmp_path/"killed"/"checkpoints"
+
+    whole, killed = tmp_path / "whole" / "checkpoints", tmp_path / "killed" / "checkpoints"
     uninterrupted = child(rows, whole, nproc=2)
     sent = child(rows, killed, kill_at=5, nproc=2)
     assert sent[-1] != uninterrupted[-1] and newest_checkpoint(killed).name == "checkpoint-4"
     deadline = time.time() + 60
-    def workers(): return [p for p in psutil.process_iter(["cmdline"]) if "finetune_kit.trainer" in (p.info["cmdline"] or []) and "torch.distributed.run" not in p.info["cmdline"]]
-    while workers() and time.time() < deadline: time.sleep(.5)
+
+    def workers():
+        return [
+            p
+            for p in psutil.process_iter(["cmdline"])
+            if "finetune_kit.trainer" in (p.info["cmdline"] or [])
+            and "torch.distributed.run" not in p.info["cmdline"]
+        ]
+
+    while workers() and time.time() < deadline:
+        time.sleep(0.5)
     assert not workers()
     assert child(rows, killed, nproc=2) == uninterrupted
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tracker, left", [("wandb", "wandb/offline-run-*/*.wandb"), ("trackio", "trackio/finetune_kit*.db"), ("tensorboard", "tensorboard/events.out.tfevents.*")])
-def test_a_tracker_gets_losses_and_leaves_its_files_beside_the_run(rows, tmp_path, monkeypatch, tracker, left):
+@pytest.mark.parametrize(
+    "tracker, left",
+    [
+        ("wandb", "wandb/offline-run-*/*.wandb"),
+        ("trackio", "trackio/finetune_kit*.db"),
+        ("tensorboard", "tensorboard/events.out.tfevents.*"),
+    ],
+)
+def test_a_tracker_gets_losses_and_leaves_its_files_beside_the_run(
+    rows, tmp_path, monkeypatch, tracker, left
+):
     "No account and no network: what trackers keep on this machine. Two trainings of one process are two runs."
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path/"b"/"trackio"))     # which trackio reads when it is imported
+    monkeypatch.setenv(
+        "TRACKIO_DIR", str(tmp_path / "b" / "trackio")
+    )  # which trackio reads when it is imported
     pytest.importorskip(tracker)
-    for name in "ab": train(*cut(), dict(train=rows, validation=rows[:4]), TrainConfig(**(CFG | dict(max_steps=2, save_every=0, report_to=tracker))), folder=tmp_path/name/"checkpoints")
-    found = list((tmp_path/"b").glob(left))
+    for name in "ab":
+        train(
+            *cut(),
+            dict(train=rows, validation=rows[:4]),
+            TrainConfig(**(CFG | dict(max_steps=2, save_every=0, report_to=tracker))),
+            folder=tmp_path / name / "checkpoints",
+        )
+    found = list((tmp_path / "b").glob(left))
     assert len(found) == 1 and found[0].stat().st_size > 200
     text = found[0].read_bytes()
     assert b"eval" in text and b"grad_norm" in text

@@ -1,14 +1,18 @@
 "Cutting what unsloth loaded, its merge, mergekit's own run, and the names of per-layer facts. unsloth patches the process, so each use of it has its own."
+
 import json, os, subprocess, sys
 
 import pytest
 from conftest import ROOT
 
-HELPERS = '''
+HELPERS = """
 import sys, torch
 from pathlib import Path
-from finetune_kit.model import add_lora, load_model, lora_targets, merge_lora, n_layers, quiet
-from finetune_kit.surgery import apply_plan, decoder_layers, drop, load_for_inference, save_adapter, save_cut, skipping
+from finetune_kit.logs import quiet
+from finetune_kit.model import add_lora, load_model, lora_targets, merge_lora, n_layers
+from finetune_kit.plan import drop
+from finetune_kit.architecture import decoder_layers
+from finetune_kit.surgery import apply_plan, load_for_inference, save_adapter, save_cut, skipping
 out = Path(sys.argv[1])
 ids = torch.arange(3, 15)[None]
 
@@ -29,12 +33,19 @@ def adapted(model):
     return lora.eval()
 
 torch.set_grad_enabled(False)
-'''
+"""
 
 
 def unsloth_process(code, folder):
-    done = subprocess.run([sys.executable, "-c", HELPERS + code, str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    if "it cannot be imported" in done.stderr: pytest.skip("unsloth cannot be imported here")
+    done = subprocess.run(
+        [sys.executable, "-c", HELPERS + code, str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    if "it cannot be imported" in done.stderr:
+        pytest.skip("unsloth cannot be imported here")
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -42,7 +53,9 @@ def unsloth_process(code, folder):
 @pytest.mark.parametrize("quant", [None, pytest.param("4bit", marks=pytest.mark.slow)])
 def test_loaded_by_unsloth(tmp_path, quant):
     "Skipped and cut as hooks say, to the bit; restored exactly; the adapter comes back, and the merged model too."
-    unsloth_process(f"quants = [{quant!r}]" + '''
+    unsloth_process(
+        f"quants = [{quant!r}]"
+        + """
 for quant in quants:
     with quiet(): model, tok = load_model("data/tiny-base", quant=quant, backend="unsloth")
     assert model.kit_backend == "unsloth"
@@ -62,14 +75,17 @@ for quant in quants:
     if quant is None:
         with quiet(): merged, _ = load_model(save_cut(merge_lora(lora), tok, out/"merged"), backend="transformers")
         assert torch.allclose(merged(ids).logits, expect, atol=1e-4)
-''', tmp_path)
+""",
+        tmp_path,
+    )
 
 
 @pytest.mark.slow
 def test_unsloth_merge_that_reads_the_weights_again(tmp_path):
     """`merge_and_overwrite_lora`, which unsloth's `save_pretrained_merged` calls on a GPU: with the whole base's name, adapter i goes into the original layer i.
     A model cut by `apply_plan` is refused, one cut by `save_cut` is merged right. unsloth's CPU merge works in memory; 2026.10.9 with peft 0.21.2 writes the adapters unmerged."""
-    unsloth_process('''
+    unsloth_process(
+        """
 import unsloth
 from unsloth_zoo.saving_utils import merge_and_overwrite_lora
 from transformers import AutoModelForCausalLM
@@ -102,7 +118,9 @@ lora = adapted(model)
 expect = lora(ids).logits
 right = by_shards(lora, out/"right")
 assert n_layers(right) == 11 and close(right)
-''', tmp_path)
+""",
+        tmp_path,
+    )
 
 
 def test_per_layer_facts_are_known():
@@ -110,16 +128,28 @@ def test_per_layer_facts_are_known():
     import logging
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    from finetune_kit.surgery import FIRST_LAYERS, LAST_LAYERS, LAYER_NUMBERS, PER_LAYER
+    from finetune_kit.architecture import FIRST_LAYERS, LAST_LAYERS, LAYER_NUMBERS, PER_LAYER
+
     logging.disable(logging.WARNING)
     shrinks, names = set(), set()
     for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        try: deep, flat = (vars(CONFIG_MAPPING[kind](num_hidden_layers=n).get_text_config()) for n in (12, 8))
-        except Exception: continue                     # a few cannot be made from the depth alone
+        try:
+            deep, flat = (
+                vars(CONFIG_MAPPING[kind](num_hidden_layers=n).get_text_config()) for n in (12, 8)
+            )
+        except Exception:
+            continue  # a few cannot be made from the depth alone
         names |= set(deep)
-        shrinks |= {k for k, v in deep.items() if isinstance(v, (list, tuple)) and len(v) != len(flat.get(k) or [])}
+        shrinks |= {
+            k
+            for k, v in deep.items()
+            if isinstance(v, (list, tuple)) and len(v) != len(flat.get(k) or [])
+        }
     logging.disable(logging.NOTSET)
-    assert {"layer_types", "mlp_layer_types", "no_rope_layers"} <= shrinks and shrinks <= {*PER_LAYER, *LAYER_NUMBERS}
+    assert {"layer_types", "mlp_layer_types", "no_rope_layers"} <= shrinks and shrinks <= {
+        *PER_LAYER,
+        *LAYER_NUMBERS,
+    }
     assert not {"eos_token_id", "architectures"} & {*PER_LAYER, *LAYER_NUMBERS}
     assert {*LAYER_NUMBERS, *FIRST_LAYERS, *LAST_LAYERS} <= names, "a name that no model has"
 
@@ -129,25 +159,45 @@ def test_recipe_run_by_mergekit(tmp_path):
     import torch
     from safetensors.torch import load_file
     from finetune_kit.model import load_model
-    from finetune_kit.surgery import apply_plan, drop, mergekit_recipe, save_cut
+    from finetune_kit.plan import drop
+    from finetune_kit.surgery import apply_plan, save_cut
+    from finetune_kit.recipes import mergekit_recipe
+
     python = os.environ.get("MERGEKIT", sys.executable)
-    if subprocess.run([python, "-c", "import mergekit"], capture_output=True).returncode: pytest.skip("mergekit is not installed; MERGEKIT=/path/to/python names one that has it")
+    if subprocess.run([python, "-c", "import mergekit"], capture_output=True).returncode:
+        pytest.skip("mergekit is not installed; MERGEKIT=/path/to/python names one that has it")
     model, tok = load_model("data/tiny-base", backend="transformers")
     plan = drop(model, "0,7-8")
-    (tmp_path/"recipe.yaml").write_text(mergekit_recipe("data/tiny-base", plan))
-    done = subprocess.run([python, "-m", "mergekit.scripts.run_yaml", str(tmp_path/"recipe.yaml"), str(tmp_path/"merged")], capture_output=True, text=True, timeout=600)
+    (tmp_path / "recipe.yaml").write_text(mergekit_recipe("data/tiny-base", plan))
+    done = subprocess.run(
+        [
+            python,
+            "-m",
+            "mergekit.scripts.run_yaml",
+            str(tmp_path / "recipe.yaml"),
+            str(tmp_path / "merged"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    save_cut(apply_plan(model, plan), tok, tmp_path/"cut")
-    ours, theirs = (load_model(tmp_path/d, backend="transformers")[0] for d in ("cut", "merged"))
+    save_cut(apply_plan(model, plan), tok, tmp_path / "cut")
+    ours, theirs = (load_model(tmp_path / d, backend="transformers")[0] for d in ("cut", "merged"))
     ids = torch.arange(3, 15)[None]
-    with torch.no_grad(): assert torch.equal(ours(ids).logits, theirs(ids).logits)
-    assert json.loads((tmp_path/"merged/config.json").read_text())["num_hidden_layers"] == len(plan.keep)
+    with torch.no_grad():
+        assert torch.equal(ours(ids).logits, theirs(ids).logits)
+    assert json.loads((tmp_path / "merged/config.json").read_text())["num_hidden_layers"] == len(
+        plan.keep
+    )
 
 
 def test_recipe_has_the_documented_form():
     "mergekit's README: slices of sources with model and layer_range [first, one past the last], and a merge_method."
     import yaml
-    from finetune_kit.surgery import drop, mergekit_recipe
+    from finetune_kit.plan import drop
+    from finetune_kit.recipes import mergekit_recipe
+
     recipe = yaml.safe_load(mergekit_recipe("data/tiny-base", drop(12, "0,7-8")))
     assert set(recipe) == {"slices", "merge_method"} and recipe["merge_method"] == "passthrough"
     layers = []
