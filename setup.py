@@ -1,4 +1,5 @@
 "Install `finetune_kit`; every value comes from settings.ini."
+
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import find_packages, setup
@@ -20,9 +21,16 @@ setup(
     license="Apache-2.0",
     keywords=cfg["keywords"],
     packages=find_packages(include=[cfg["lib_path"]]),
+    package_data={cfg["lib_path"]: ["templates/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "gpu", "onnx", "demo", "harness", "trackers")},
-    entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
+    extras_require={
+        extra: cfg[f"{extra}_requirements"].split()
+        for extra in ("dev", "gpu", "onnx", "demo", "harness", "trackers")
+    },
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
+    },
     zip_safe=False,
 )

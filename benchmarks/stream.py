@@ -70,8 +70,8 @@ def study(folder):
         for i in (0, 2)
     ]
     model = stream_model(folder, dtype=torch.float32)
-    loads, load = [], model.kit_disk.load
-    model.kit_disk.load = lambda i: (loads.append(i), load(i))
+    loads, load = [], remembered(model).disk.load
+    remembered(model).disk.load = lambda i: (loads.append(i), load(i))
     cost = forecast(model, batches, [drop(DEPTH, i) for i in range(DEPTH)], mem_gib=0.25)
     del loads[:]
     start = time.perf_counter()

@@ -13,7 +13,7 @@ import pandas as pd
 
 from .architecture import causal_lm, decoder_layers
 from .core import InvalidConfigError, choices
-from .model import n_layers
+from .model import n_layers, remembered
 from .plan import prune_after
 from .stream import weights
 from .study import check_batches, scored_tokens, study_model, study_table, ticker
@@ -160,7 +160,7 @@ def atlas(
         raise InvalidConfigError(f"sample={sample} not in 8..: CKA needs tokens")
     chosen = [_positions(b, positions) for b in batches]
     count = int(sum(c.sum() for c in chosen))
-    taylor = taylor and not hasattr(causal_lm(model), "kit_disk")
+    taylor = taylor and not (remembered(model).disk is not None)
     picked, seen, cos, angle, lens, features, slopes = (
         set(np.linspace(0, count - 1, min(sample, count)).astype(int)),
         0,

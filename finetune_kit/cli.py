@@ -10,7 +10,6 @@ import sys
 
 from .core import FineTuneError
 from .terminal import app, pair_values
-from . import cli_data, cli_runs, cli_use
 
 # %% ../nbs/94_cli.ipynb #0cb81f9b
 def main():

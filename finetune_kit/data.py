@@ -14,7 +14,6 @@ from .core import EmptyDatasetError, InvalidConfigError, choices
 from .rows import SPLITS, Rows, spoken_text
 from .splits import load_splits, without_leaks
 from .variants import VARIANTS, as_variant, augment, domain_tagger, with_instruction
-from .rows import load_rows
 
 # %% ../nbs/19_data.ipynb #3f02bae4
 def _reshaped(splits, change):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .atlas import atlas
 from finetune_kit.core import (
     EvaluationError,
     InvalidConfigError,
@@ -33,7 +34,6 @@ from finetune_kit.study import (
     ticker,
 )
 from .walk import TracedBatch, cut_edits
-from .atlas import atlas
 
 # %% ../nbs/39_importance.ipynb #57beb93b
 def drop_one(

@@ -26,7 +26,6 @@ from finetune_kit.sweep_plan import (
     time_span,
     to_do,
 )
-from .registry import list_runs, load_run
 
 # %% ../nbs/64_runs.ipynb #68875cae
 def _gpus():

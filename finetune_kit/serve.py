@@ -14,11 +14,11 @@ import threading
 import time
 import uuid
 
+from .client import Client
 from .core import FineTuneError, InvalidConfigError
 from .engine import Catalogue, Engine, Job
 from .protocol import BodyLimit, ChatAsk, Stats, TextAsk, error_body, error_of
 from .requests import Request
-from .client import Client
 
 # %% ../nbs/83_serve.ipynb #72d080a8
 class _Answers:

@@ -10,9 +10,9 @@ import json
 from contextlib import contextmanager
 from pathlib import Path
 
-from .architecture import causal_lm, decoder_layers, layers_path
+from .architecture import decoder_layers, layers_path
 from .core import ModelLoadError, detect_device, resolve_path
-from .model import model_config, pick_dtype
+from .model import model_config, pick_dtype, remembered
 
 # %% ../nbs/26_stream.ipynb #a8acfa64
 class _Disk:
@@ -117,7 +117,8 @@ def stream_model(
         raise ModelLoadError(
             f"{folder} lacks {len(missing)} weights, {missing[0]!r} first; the checkpoint is not whole"
         )
-    model.kit_disk, model.kit_backend = _Disk(decoder_layers(model), files, dtype, device), "disk"
+    remembered(model).disk = _Disk(decoder_layers(model), files, dtype, device)
+    remembered(model).backend = "disk"
     for name, b in model.named_buffers():
         set_module_tensor_to_device(model, name, device, value=b)
     return model.eval()
@@ -129,7 +130,7 @@ def weights(
     layer: int,  # Which layer, from 0
 ):
     "A layer's weights for the time of the block: read once, where they are on disk, and let go after it."
-    disk = getattr(causal_lm(model), "kit_disk", None)
+    disk = remembered(model).disk
     if disk is None:
         return (yield)
     disk.load(layer)

@@ -27,7 +27,7 @@ from finetune_kit.core import (
     write_atomic,
 )
 from .logs import log
-from .model import n_layers
+from .model import n_layers, remembered
 from .plan import drop
 from .scores import scores
 from .stream import stream_model, weights
@@ -105,7 +105,7 @@ def fingerprint(model):
                     ).hexdigest(),
                 ]
             )
-    disk = getattr(lm, "kit_disk", None)
+    disk = remembered(lm).disk
     files = sorted({f for some in disk.files.values() for f in some}) if disk else []
     return digest(
         [
@@ -146,7 +146,7 @@ def _layout(model, batch_list, cuts, mem_gib):
         raise InvalidConfigError(
             f"mem_gib={mem_gib} not above 0: it is the memory for the states of branches, in GiB"
         )
-    if not getattr(causal_lm(model), "kit_disk", None):
+    if not remembered(model).disk:
         return [
             ([b], _shares(cuts, depth, max(2, budget / 2 / state_bytes(model, b))))
             for b in batch_list
@@ -253,7 +253,7 @@ def study_model(
         raise InvalidConfigError(
             f"{str(model)!r} is a folder, not a model; load it with load_model, or study it from disk with stream=True"
         )
-    if stream and not isinstance(model, (str, Path)) and not hasattr(model, "kit_disk"):
+    if stream and not isinstance(model, (str, Path)) and remembered(model).disk is None:
         folder = model.config._name_or_path
         if hasattr(model, "peft_config") or not folder or not Path(folder).is_dir():
             raise ModelLoadError(
@@ -365,7 +365,7 @@ def forecast(
         for share in shares
     ]
     naive = layer_calls([dict(c) for c in cuts], depth)["naive"]
-    disk = hasattr(causal_lm(model), "kit_disk")
+    disk = remembered(model).disk is not None
     stacks = sum(
         depth
         if disk

@@ -23,9 +23,8 @@ from finetune_kit.core import (
 )
 from .logs import log
 from .model import load_model, load_tokenizer, model_config, n_layers
-from .plan import LayerPlan
+from .plan import LayerPlan, drop, prune_after
 from .rows import is_hub_id
-from .plan import drop, prune_after
 
 # %% ../nbs/24_surgery.ipynb #14726e34
 def _renumber(layers):
@@ -255,10 +254,9 @@ def load_for_inference(
         return load_model(path, **load_args)
     base, plan = read_plan(path)
     model, _ = load_model(base, **load_args)
-    backend, config = model.kit_backend, PeftConfig.from_pretrained(path)
+    config = PeftConfig.from_pretrained(path)
     config.layer_replication = None  # the plan takes the layers out, per-layer facts and all
     model = PeftModel.from_pretrained(apply_plan(model, plan), path, config=config).eval()
-    model.kit_backend = backend
     return model, load_tokenizer(path)
 
 # %% ../nbs/24_surgery.ipynb #9b64f2ce

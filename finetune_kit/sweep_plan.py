@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 
+from . import dials
 from finetune_kit.core import (
     ROOT,
     InvalidConfigError,
@@ -39,7 +40,6 @@ from .identity import content_hashes, run_id
 from .record import read_record
 from .registry import chosen_runs
 from .settings import StrictConfig
-from . import dials
 
 # %% ../nbs/60_sweep_plan.ipynb #f90e1118
 _Dials, _Lists, _Table = dict[str, Any], dict[str, list[Any]], list[dict[str, Any]]

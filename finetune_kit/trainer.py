@@ -20,11 +20,10 @@ from .checkpoints import mark_training, newest_checkpoint, validations_since_bes
 from .core import FineTuneError, TrainingError, detect_device, write_atomic
 from .logs import quiet
 from .loop import prepare_training
-from .model import count_parameters
+from .model import count_parameters, remembered
 from .processes import end_with_parent, train_in_processes
 from .sft import recompute_activations, step_trainer_class, tracked, training_callback
 from .training import TrainConfig, TrainResult, row_order
-from .loop import plain_loop
 
 # %% ../nbs/45_trainer.ipynb #d7e266de
 def train(
@@ -47,7 +46,7 @@ def train(
         import torch
         import trl
         from transformers.integrations import get_reporting_integration_callbacks
-    backend = getattr(model, "kit_backend", "transformers")
+    backend = remembered(model).backend
     model, rows, val_rows = prepare_training(model, dataset, cfg)
     if cfg.checkpointing:
         recompute_activations(model)
@@ -123,7 +122,6 @@ def train(
             told.best.restore(model)  # it had stopped already when it was killed
         else:
             trainer.train(resume_from_checkpoint=str(done) if done else None)
-    model.kit_backend = backend
     tokens = sum(
         len(rows[i]["input_ids"]) for i in order[: len(lines) * cfg.batch_size * cfg.accumulate]
     )

@@ -18,7 +18,7 @@ from finetune_kit.core import (
     choices,
     parse_layers,
 )
-from .model import n_layers
+from .model import n_layers, remembered
 from .plan import LayerPlan
 from .stream import weights
 
@@ -140,7 +140,7 @@ def part_removed(layer, part):
 def _standing_aside(model, layers, aside):
     "Each layer's forward replaced by `aside(layer)`."
     disk, own = (
-        getattr(causal_lm(model), "kit_disk", None),
+        remembered(model).disk,
         [l.__dict__.get("forward") for l in layers],
     )
     for l in layers:
@@ -178,12 +178,14 @@ class TracedBatch:
                 self.calls.append(
                     (args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"})
                 )
-                if not hasattr(
-                    lm, "kit_tuples"
+                if (
+                    remembered(lm).layers_return_tuples is None
                 ):  # some models' layers return a tuple: asked of the first one, once
                     with weights(model, 0):
-                        lm.kit_tuples = isinstance(own(*args, **kwargs), tuple)
-                return (h,) if lm.kit_tuples else h
+                        remembered(lm).layers_return_tuples = isinstance(
+                            own(*args, **kwargs), tuple
+                        )
+                return (h,) if remembered(lm).layers_return_tuples else h
 
             return forward
 

@@ -9,7 +9,7 @@ HELPERS = """
 import sys, torch
 from pathlib import Path
 from finetune_kit.logs import quiet
-from finetune_kit.model import add_lora, load_model, lora_targets, merge_lora, n_layers
+from finetune_kit.model import remembered, add_lora, load_model, lora_targets, merge_lora, n_layers
 from finetune_kit.plan import drop
 from finetune_kit.architecture import decoder_layers
 from finetune_kit.surgery import apply_plan, load_for_inference, save_adapter, save_cut, skipping
@@ -58,7 +58,7 @@ def test_loaded_by_unsloth(tmp_path, quant):
         + """
 for quant in quants:
     with quiet(): model, tok = load_model("data/tiny-base", quant=quant, backend="unsloth")
-    assert model.kit_backend == "unsloth"
+    assert remembered(model).backend == "unsloth"
     plan = drop(model, "0,7")
     before, expect, facts = model(ids, use_cache=False).logits, handed_through(model, plan), model.config.to_dict()
     with skipping(model, plan):
@@ -158,7 +158,7 @@ def test_recipe_run_by_mergekit(tmp_path):
     "mergekit's own reading of the recipe gives the weights that `save_cut` gives. MERGEKIT: a Python that has it, where this one has not."
     import torch
     from safetensors.torch import load_file
-    from finetune_kit.model import load_model
+    from finetune_kit.model import remembered, load_model
     from finetune_kit.plan import drop
     from finetune_kit.surgery import apply_plan, save_cut
     from finetune_kit.recipes import mergekit_recipe
