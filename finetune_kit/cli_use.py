@@ -53,7 +53,7 @@ def chat(
 ):
     "Talk to a model: `finetune-kit chat train-drop7`, or `finetune-kit chat data/tiny-base 'Where does the otter live?'`. An empty line ends it."
     from finetune_kit.infer import Chat, merge_where_exact
-    from finetune_kit.sources import find_model
+    from finetune_kit.model_sources import find_model
     from finetune_kit.surgery import load_for_inference
 
     source = find_model(model)
@@ -236,7 +236,7 @@ def upload(
     from finetune_kit.export import TARGETS, export
     from finetune_kit.hub import check_upload, model_card
     from finetune_kit.hub import upload as send
-    from finetune_kit.sources import find_model
+    from finetune_kit.model_sources import find_model
 
     if what not in ("adapter", *TARGETS[:3]):
         raise InvalidConfigError(f"what {choices(what, ['adapter', *TARGETS[:3]])}")

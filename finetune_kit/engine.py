@@ -21,9 +21,9 @@ from finetune_kit.core import (
 )
 from .infer import complete, merge_where_exact
 from .logs import log, quiet
+from .model_sources import ModelSource, find_model
 from .registry import list_runs, load_run
 from .requests import Request, check_room, context, prompt_ids
-from .sources import Source, find_model
 from .surgery import load_for_inference
 
 # %% ../nbs/80_engine.ipynb #91c9cbef
@@ -61,7 +61,7 @@ class Catalogue:
     def find(
         self,
         name: str,  # As a client wrote it
-    ) -> Source:
+    ) -> ModelSource:
         "`UnknownModelError` with the names there are."
         run = None if name in self.models else self._run(name)
         key = (
@@ -88,7 +88,7 @@ class Catalogue:
 class Job:
     "A request on its way through the engine."
 
-    source: Source  # The model
+    source: ModelSource  # The model
     prompt: list | str  # Messages or text
     options: dict  # For `Request`
     domain: str | None  # As for `prompt_ids`

@@ -257,7 +257,7 @@ def _write_tensors(w, model, arch, dtype):
 # %% ../nbs/72_gguf_files.ipynb #7e36342c
 def export_gguf(
     model,
-    tokenizer,  # As from `load_whole`
+    tokenizer,  # As from `load_merged`
     file: str | Path,  # To write: "name.gguf"
     dtype: str = "f32",  # Of the matrices: "f32" (exact) or "f16" (half the room, rounded)
     llama_cpp: str

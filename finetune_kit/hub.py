@@ -14,8 +14,8 @@ from pathlib import Path
 from .comparison import states_of
 from .core import ROOT, FineTuneError, InvalidConfigError, MissingConfigError, read_env
 from .logs import log
+from .model_sources import ModelSource
 from .rows import is_hub_id
-from .sources import Source
 from .surgery import PLAN_FILE
 
 # %% ../nbs/75_hub.ipynb #c5786182
@@ -87,7 +87,7 @@ def _metric_rows(metrics):
 
 # %% ../nbs/75_hub.ipynb #72661ba4
 def model_card(
-    source: Source,  # The model
+    source: ModelSource,  # The model
     to: str = "adapter",  # "adapter", "merged", "gguf" or "onnx": what is uploaded
 ) -> str:  # Markdown with the Hub's header
     "What a stranger needs: base, plan, how to load, what was measured on which data. Paths of this machine are left out."
