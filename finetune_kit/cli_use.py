@@ -233,13 +233,14 @@ def upload(
     ] = False,
 ):
     "Put a model with a card onto the Hub: `finetune-kit upload train-drop7 me/otter`, then again with --go. HF_TOKEN comes from the environment or .env."
-    from finetune_kit.export import TARGETS, export
+    from finetune_kit.export import export, exporters
     from finetune_kit.hub import check_upload, model_card
     from finetune_kit.hub import upload as send
     from finetune_kit.model_sources import find_model
 
-    if what not in ("adapter", *TARGETS[:3]):
-        raise InvalidConfigError(f"what {choices(what, ['adapter', *TARGETS[:3]])}")
+    uploads = ["adapter", *(name for name, each in exporters.items() if not each.is_recipe)]
+    if what not in uploads:
+        raise InvalidConfigError(f"what {choices(what, uploads)}")
     check_upload(repo, not go)
     source = find_model(run)
     with tempfile.TemporaryDirectory() as d:
