@@ -110,7 +110,15 @@ def test_tables_have_ids_of_their_own(path):
 
 
 def test_readme_is_the_index():
-    command = "nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb".split(" ")
+    command = [
+        "nbconvert",
+        "--log-level",
+        "ERROR",
+        "--to",
+        "markdown",
+        "--stdout",
+        "nbs/index.ipynb",
+    ]
     result = subprocess.run(
         [sys.executable, "-m", *command], check=True, capture_output=True, text=True, cwd=ROOT
     )
