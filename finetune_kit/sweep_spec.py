@@ -6,7 +6,7 @@
 __all__ = ['Names', 'Parameters', 'Values', 'Table', 'SweepSpec', 'check_name', 'check_values', 'check_parameters', 'matches',
            'all_combinations', 'combinations', 'read_spec']
 
-# %% ../nbs/60_sweep_spec.ipynb #a08299e7
+# %% ../nbs/60_sweep_spec.ipynb #249a96ba
 import itertools
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ from pydantic import Field
 from .core import InvalidConfigError, choices, load_config
 from .settings import StrictConfig
 
-# %% ../nbs/60_sweep_spec.ipynb #5bbd9ad9
+# %% ../nbs/60_sweep_spec.ipynb #6c4217cf
 # The fields' types have names, since inside the class `list` is a field
 Names = list[str]
 Parameters = dict[str, Any]  # Parameter → value
@@ -30,14 +30,14 @@ class SweepSpec(StrictConfig):
 
     name: str = "sweep"  # Its folder is `sweep-<name>`; of a file, the file's name
     notebook: str = "nbs/train.ipynb"  # An experiment: it calls `read_dials` and `start_run`
-    fixed: Parameters = Field(default_factory=dict)  # Of every run
-    grid: Values = Field(default_factory=dict)  # Every combination of these
-    zip: Values = Field(default_factory=dict)  # In step: the first of each, the second, …
-    list: Table = Field(default_factory=list)  # Written out; a value here wins over `fixed`
-    when: Table = Field(default_factory=list)  # Keep only runs that match one of these
-    unless: Table = Field(default_factory=list)  # Leave out runs that match one of these
+    fixed: Parameters = Field({})  # Of every run
+    grid: Values = Field({})  # Every combination of these
+    zip: Values = Field({})  # In step: the first of each, the second, …
+    list: Table = Field([])  # Written out; a value here wins over `fixed`
+    when: Table = Field([])  # Keep only runs that match one of these
+    unless: Table = Field([])  # Leave out runs that match one of these
     retry: bool = False  # Whether runs that failed in an earlier sweep are run again
-    slurm: Parameters = Field(default_factory=dict)  # submitit's: timeout_min, mem_gb, …
+    slurm: Parameters = Field({})  # submitit's: timeout_min, mem_gb, …
 
     def model_post_init(self, _):
         check_name(self.name)
@@ -50,7 +50,7 @@ class SweepSpec(StrictConfig):
         listed = itertools.chain.from_iterable(self.list)
         return [*dict.fromkeys([*self.grid, *self.zip, *listed])]
 
-# %% ../nbs/60_sweep_spec.ipynb #3f813cfe
+# %% ../nbs/60_sweep_spec.ipynb #a24daa29
 def check_name(
     name: str,  # A sweep's name
 ):
@@ -82,7 +82,7 @@ def check_values(
             f"zip: lists of unequal length ({_pairs(lengths)}); give each the same number of values"
         )
 
-# %% ../nbs/60_sweep_spec.ipynb #61be18ef
+# %% ../nbs/60_sweep_spec.ipynb #999f25e8
 def check_parameters(
     spec: SweepSpec,  # All its parameters are checked
 ):
@@ -106,7 +106,7 @@ def check_parameters(
 def _pairs(values):
     return ", ".join(f"{name}: {value}" for name, value in values.items())
 
-# %% ../nbs/60_sweep_spec.ipynb #c9324d95
+# %% ../nbs/60_sweep_spec.ipynb #d2e1280e
 def matches(
     parameters: Parameters,  # Of a run
     condition: Parameters,  # Parameter → the value it must have; a list: one of its values
@@ -119,7 +119,7 @@ def matches(
             return False
     return True
 
-# %% ../nbs/60_sweep_spec.ipynb #5a1c6a42
+# %% ../nbs/60_sweep_spec.ipynb #f81842c1
 def all_combinations(
     spec: SweepSpec,  # Its conditions do not count here
 ) -> Table:  # The parameters of each run
@@ -149,7 +149,7 @@ def combinations(
         )
     return runs
 
-# %% ../nbs/60_sweep_spec.ipynb #d661fb1f
+# %% ../nbs/60_sweep_spec.ipynb #edc9ee05
 def read_spec(
     spec: SweepSpec | dict | str | Path,  # A dictionary, or a YAML file, which may use `_extends`
 ) -> SweepSpec:
