@@ -6,7 +6,7 @@
 __all__ = ['Names', 'Parameters', 'Values', 'Table', 'SweepSpec', 'check_name', 'check_values', 'check_parameters', 'matches',
            'all_combinations', 'combinations', 'read_spec']
 
-# %% ../nbs/60_sweep_spec.ipynb #249a96ba
+# %% ../nbs/60_sweep_spec.ipynb #a08299e7
 import itertools
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ from pydantic import Field
 from .core import InvalidConfigError, choices, load_config
 from .settings import StrictConfig
 
-# %% ../nbs/60_sweep_spec.ipynb #6c4217cf
+# %% ../nbs/60_sweep_spec.ipynb #d01bb64e
 # The fields' types have names, since inside the class `list` is a field
 Names = list[str]
 Parameters = dict[str, Any]  # Parameter → value
@@ -50,7 +50,7 @@ class SweepSpec(StrictConfig):
         listed = itertools.chain.from_iterable(self.list)
         return [*dict.fromkeys([*self.grid, *self.zip, *listed])]
 
-# %% ../nbs/60_sweep_spec.ipynb #a24daa29
+# %% ../nbs/60_sweep_spec.ipynb #3f813cfe
 def check_name(
     name: str,  # A sweep's name
 ):
@@ -82,7 +82,7 @@ def check_values(
             f"zip: lists of unequal length ({_pairs(lengths)}); give each the same number of values"
         )
 
-# %% ../nbs/60_sweep_spec.ipynb #999f25e8
+# %% ../nbs/60_sweep_spec.ipynb #3cd613c3
 def check_parameters(
     spec: SweepSpec,  # All its parameters are checked
 ):
@@ -99,14 +99,14 @@ def check_parameters(
         for name in condition:
             if name not in given:
                 raise InvalidConfigError(
-                    f"a condition on {choices(name, given)}; it would never hold"
+                    f"a condition that never holds: parameter {choices(name, given)}"
                 )
 
 
 def _pairs(values):
     return ", ".join(f"{name}: {value}" for name, value in values.items())
 
-# %% ../nbs/60_sweep_spec.ipynb #d2e1280e
+# %% ../nbs/60_sweep_spec.ipynb #c9324d95
 def matches(
     parameters: Parameters,  # Of a run
     condition: Parameters,  # Parameter → the value it must have; a list: one of its values
@@ -119,7 +119,7 @@ def matches(
             return False
     return True
 
-# %% ../nbs/60_sweep_spec.ipynb #f81842c1
+# %% ../nbs/60_sweep_spec.ipynb #5e5dc0df
 def all_combinations(
     spec: SweepSpec,  # Its conditions do not count here
 ) -> Table:  # The parameters of each run
@@ -144,12 +144,11 @@ def combinations(
     runs = [run for run in wanted if not any(matches(run, c) for c in spec.unless)]
     if not runs:
         raise InvalidConfigError(
-            f"when and unless leave none of {len(every)} combinations; "
-            "loosen a condition, and look with finetune-kit sweep --dry-run"
+            f"when and unless leave none of {len(every)} combinations; loosen one of the conditions"
         )
     return runs
 
-# %% ../nbs/60_sweep_spec.ipynb #edc9ee05
+# %% ../nbs/60_sweep_spec.ipynb #d661fb1f
 def read_spec(
     spec: SweepSpec | dict | str | Path,  # A dictionary, or a YAML file, which may use `_extends`
 ) -> SweepSpec:
