@@ -50,6 +50,13 @@ class StrictConfig(BaseModel):
         """
         return None
 
+    def resolved(self) -> "StrictConfig":  # Settings that mean the same tomorrow
+        """Spell out what depends on today's files: "all" runs as their ids.
+
+        An experiment's settings override it, so that a run's id says what was really used.
+        """
+        return self
+
     @classmethod
     def from_yaml(
         cls,
