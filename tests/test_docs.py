@@ -480,7 +480,7 @@ def test_every_python_block_is_sound():
 
 
 def test_every_sweep_is_sound():
-    from finetune_kit.sweep_plan import SweepSpec
+    from finetune_kit.sweep_spec import SweepSpec
 
     found = 0
     for p in GUIDE:

@@ -119,7 +119,8 @@ def test_a_copy_of_an_experiment_takes_a_dial_more(warm, tmp_path):
 
 # From here on what a sweep makes of it: finetune_kit.sweep_plan
 def test_a_sweep_plans_it(notebook, tmp_path, monkeypatch):
-    from finetune_kit.sweep_plan import SweepSpec, plan_sweep
+    from finetune_kit.sweep_plan import plan_sweep
+    from finetune_kit.sweep_spec import SweepSpec
 
     monkeypatch.setenv("FINETUNE_KIT_RUNS", str(tmp_path / "runs"))
     spec = SweepSpec(notebook=str(notebook), grid=dict(rows=[1, 2], kind=["plain", "chat"]))
@@ -143,7 +144,8 @@ def test_a_sweep_plans_it(notebook, tmp_path, monkeypatch):
 )
 def test_a_sweep_refuses_a_bad_dial(grid, message, notebook):
     from finetune_kit.core import InvalidConfigError
-    from finetune_kit.sweep_plan import SweepSpec, plan_sweep
+    from finetune_kit.sweep_plan import plan_sweep
+    from finetune_kit.sweep_spec import SweepSpec
 
     with pytest.raises(InvalidConfigError, match=message):
         plan_sweep(SweepSpec(notebook=str(notebook), grid=grid))
@@ -151,7 +153,8 @@ def test_a_sweep_refuses_a_bad_dial(grid, message, notebook):
 
 @pytest.mark.slow
 def test_a_run_is_found_under_the_id_that_was_planned(notebook, warm, tmp_path, monkeypatch):
-    from finetune_kit.sweep_plan import SweepSpec, plan_sweep
+    from finetune_kit.sweep_plan import plan_sweep
+    from finetune_kit.sweep_spec import SweepSpec
 
     monkeypatch.setenv("FINETUNE_KIT_RUNS", str(tmp_path / "runs"))
     spec = SweepSpec(notebook=str(notebook), grid=dict(rows=[3]), fixed=dict(note="a"))
