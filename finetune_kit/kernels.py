@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEAVY', 'ForkedProcess', 'WarmServer', 'Kernels', 'RunTask', 'execute_notebook']
 
-# %% ../nbs/63_kernels.ipynb #89436aea
+# %% ../nbs/63_kernels.ipynb #a3842110
 import contextlib
 import json
 import os
@@ -24,7 +24,7 @@ from .core import FineTuneError, detect_device, runs_folder
 from .logs import log
 from .record import read_record
 
-# %% ../nbs/63_kernels.ipynb #2152679e
+# %% ../nbs/63_kernels.ipynb #da355723
 class ForkedProcess:
     "A forked kernel; to `jupyter_client` it is what a `Popen` is."
 
@@ -62,7 +62,7 @@ class ForkedProcess:
         "Ask it to end."
         self.send_signal(signal.SIGTERM)
 
-# %% ../nbs/63_kernels.ipynb #d25d3550
+# %% ../nbs/63_kernels.ipynb #8b4963da
 # What most runs import; kernels are forked from a process that has done so
 HEAVY = [
     "torch",
@@ -84,7 +84,7 @@ HEAVY = [
     "ipykernel.kernelapp",
 ]
 
-# %% ../nbs/63_kernels.ipynb #9a21ea61
+# %% ../nbs/63_kernels.ipynb #f1b6efb4
 class WarmServer:
     "A process that has imported `modules`, and forks kernels."
 
@@ -135,7 +135,7 @@ class WarmServer:
         self.process.wait()
         self.answers.close()
 
-# %% ../nbs/63_kernels.ipynb #45832c5d
+# %% ../nbs/63_kernels.ipynb #865e8d2d
 class Kernels:
     "Starts the kernels of a sweep, warm where that is possible; leaving the context ends them."
 
@@ -172,20 +172,6 @@ class Kernels:
                 if kernel.is_running():
                     os.killpg(kernel.pid, signal.SIGKILL)
 
-    def fork(
-        self,
-        command: list[str],  # What would start the kernel: [python, "-m", "ipykernel_launcher", …]
-        env: dict[str, str],  # All its environment variables
-        cwd: str,  # Its working directory
-    ) -> ForkedProcess | None:  # None: start it in the ordinary way
-        "A kernel from the warm server, where there is one and the kernel is Python's."
-        if not self.server or command[1:3] != ["-m", "ipykernel_launcher"]:
-            return None
-        process = self.server.fork(command[2:], env, cwd)
-        if process is None and not self.is_stopped:
-            log.warning("kernels start cold: the process that forks them is gone")
-        return process
-
     def register(
         self,
         pid: int,  # Of a kernel that was started just now
@@ -205,7 +191,18 @@ class Kernels:
         "What starts a kernel."
         return _manager_class(self, env)
 
-# %% ../nbs/63_kernels.ipynb #8134563d
+# %% ../nbs/63_kernels.ipynb #d215a085
+def _fork(kernels, command, env, cwd):
+    "A kernel from the warm server, or None: then it starts in the ordinary way."
+    is_python = command[1:3] == ["-m", "ipykernel_launcher"]
+    if not kernels.server or not is_python:
+        return None
+    process = kernels.server.fork(command[2:], env, cwd)
+    if process is None and not kernels.is_stopped:
+        log.warning("kernels start cold: the process that forks them is gone")
+    return process
+
+
 def _manager_class(kernels, env):
     from jupyter_client import AsyncKernelManager
 
@@ -215,7 +212,7 @@ def _manager_class(kernels, env):
         async def _async_launch_kernel(self, kernel_cmd, **options):
             options["env"] = options["env"] | kernels.env | env
             cwd = str(options.get("cwd") or os.getcwd())
-            process = kernels.fork(kernel_cmd, options["env"], cwd)
+            process = _fork(kernels, kernel_cmd, options["env"], cwd)
             provisioner: Any = self.provisioner  # who owns the process
             if process:
                 provisioner.process = process
@@ -230,7 +227,7 @@ def _manager_class(kernels, env):
 
     return KernelManager
 
-# %% ../nbs/63_kernels.ipynb #9e127a12
+# %% ../nbs/63_kernels.ipynb #a3b3f085
 @dataclass
 class RunTask:
     "A run as a function: called, it returns what went wrong, or an empty string."
@@ -291,7 +288,7 @@ class RunTask:
 
         return DelayedSubmission(self, *args)
 
-# %% ../nbs/63_kernels.ipynb #28a33994
+# %% ../nbs/63_kernels.ipynb #ad6562a2
 def execute_notebook(
     notebook: str,  # Its path
     parameters: dict,  # Name → value, for its parameters cell
