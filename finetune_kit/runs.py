@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['visible_gpus', 'slot_environments', 'run_here', 'cluster_parameters', 'job_device', 'plan_line', 'dry_line',
-           'run_line', 'Progress', 'check_jobs', 'choose', 'check_runs_folder', 'sweep', 'list_runs', 'load_run']
+           'run_line', 'SweepProgress', 'check_jobs', 'choose', 'check_runs_folder', 'sweep', 'list_runs', 'load_run']
 
 # %% ../nbs/66_runs.ipynb #8eefac4f
 import os
@@ -38,7 +38,7 @@ from .sweep_spec import SweepSpec, read_spec
 # %% ../nbs/66_runs.ipynb #7e4283f3
 _all_ = ["list_runs", "load_run"]  # what outsiders import from here
 
-# %% ../nbs/66_runs.ipynb #c5e1182a
+# %% ../nbs/66_runs.ipynb #dce4dc6e
 def visible_gpus() -> list[str]:  # ["0", "1"], as CUDA_VISIBLE_DEVICES names them
     "The GPUs that this process may use."
     import torch
@@ -57,7 +57,7 @@ def slot_environments(
         return [{} for _ in range(jobs)]
     return [dict(CUDA_VISIBLE_DEVICES=gpus[n % len(gpus)]) for n in range(jobs)]
 
-# %% ../nbs/66_runs.ipynb #d3052cf3
+# %% ../nbs/66_runs.ipynb #e838f770
 def run_here(
     spec: SweepSpec,  # The sweep
     runs: list[Planned],  # Those to be made
@@ -97,7 +97,7 @@ def run_here(
             kernels.stop()
             raise
 
-# %% ../nbs/66_runs.ipynb #1464fb09
+# %% ../nbs/66_runs.ipynb #02223b63
 def cluster_parameters(
     spec: SweepSpec,  # Its `slurm` has the file's parameters
     slurm: bool
@@ -122,7 +122,7 @@ def job_device(
             return "cuda"
     return "cpu"
 
-# %% ../nbs/66_runs.ipynb #75e2bdd1
+# %% ../nbs/66_runs.ipynb #03e2cca3
 def plan_line(
     spec: SweepSpec,  # The sweep
     planned: list[Planned],  # All its runs
@@ -164,9 +164,9 @@ def run_line(
     line = f"{run.id}  done in {time_span(run.seconds or 0)}"
     return f"{line}  nll: {', '.join(losses)}" if losses else line
 
-# %% ../nbs/66_runs.ipynb #c23c18be
+# %% ../nbs/66_runs.ipynb #fde96019
 @dataclass
-class Progress:
+class SweepProgress:
     "Shows a line for each run that is through, and writes the page again."
 
     spec: SweepSpec
@@ -208,7 +208,7 @@ class Progress:
             "the same command goes on with the others"
         )
 
-# %% ../nbs/66_runs.ipynb #14f0c6d2
+# %% ../nbs/66_runs.ipynb #1cbc61cc
 def check_jobs(
     jobs: int,  # As the caller gave it; 0: as many as fit
     planned: list[Planned],  # All runs
@@ -275,7 +275,7 @@ def sweep(
             show(dry_line(spec, run))
         return sweep_table(spec, planned)
 
-    progress = Progress(spec, planned, len(remaining), show)
+    progress = SweepProgress(spec, planned, len(remaining), show)
     try:
         if not remaining:
             pass

@@ -7,7 +7,7 @@ __all__ = ['TABLE_METRICS', 'metric_columns', 'shown_status', 'sweep_table', 'si
            'ShownValue', 'shown_value', 'ShownRun', 'shown_runs', 'column_label', 'is_shown', 'png_of', 'sweep_page',
            'write_page']
 
-# %% ../nbs/65_sweep_page.ipynb #2ad97f2c
+# %% ../nbs/65_sweep_page.ipynb #946fe7c2
 import base64
 import io
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from .pages import fill, shipped_text
 from .sweep_plan import Planned
 from .sweep_spec import SweepSpec
 
-# %% ../nbs/65_sweep_page.ipynb #6a1ca3b2
+# %% ../nbs/65_sweep_page.ipynb #d4f3ab3b
 TABLE_METRICS = ("nll", "exact_match")
 
 
@@ -48,7 +48,7 @@ def metric_columns(
             columns[f"{column}_hi"] = interval[1]
     return columns
 
-# %% ../nbs/65_sweep_page.ipynb #8a6ddb53
+# %% ../nbs/65_sweep_page.ipynb #f1246ed6
 def shown_status(
     run: Planned,  # Of a sweep
     recorded: str,  # What its record says: "missing", "running", "done", …
@@ -81,7 +81,7 @@ def sweep_table(
         table[dial] = pd.Series([row[dial] for row in rows], dtype=object)
     return table
 
-# %% ../nbs/65_sweep_page.ipynb #1504350d
+# %% ../nbs/65_sweep_page.ipynb #935c969c
 def side_by_side(
     labels: pd.Series,  # Each run's label, one of `ticks`
     ticks: list[str],  # Labels in the order of the axis
@@ -121,7 +121,7 @@ def draw_series(
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
 
-# %% ../nbs/65_sweep_page.ipynb #e6186f08
+# %% ../nbs/65_sweep_page.ipynb #a0b506a1
 def plot_sweep(
     table: pd.DataFrame,  # As from `sweep_table`
     x: str,  # The dial to draw against
@@ -157,7 +157,7 @@ def _all_values(table, columns):
     with_ends = [column + end for column in columns for end in ("", "_lo", "_hi")]
     return table[[column for column in with_ends if column in table]].stack().to_numpy(float)
 
-# %% ../nbs/65_sweep_page.ipynb #057b9769
+# %% ../nbs/65_sweep_page.ipynb #0f9e5e3a
 @dataclass(frozen=True)
 class ShownValue:
     "A number as the page shows it."
@@ -176,9 +176,10 @@ def shown_value(
         return ShownValue("")
     low = row.get(f"{column}_lo")
     high = row.get(f"{column}_hi")
+    # z: what rounds to zero has no minus
     if low is None or pd.isna(low):
-        return ShownValue(f"{value:.3f}")
-    return ShownValue(f"{value:.3f}", f"{low:.3f} to {high:.3f}")
+        return ShownValue(f"{value:z.3f}")
+    return ShownValue(f"{value:z.3f}", f"{low:z.3f} to {high:z.3f}")
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ class ShownRun:
     dials: list[str]
     values: list[ShownValue]
 
-# %% ../nbs/65_sweep_page.ipynb #9aa47c4f
+# %% ../nbs/65_sweep_page.ipynb #ffe0f332
 def shown_runs(
     spec: SweepSpec,  # The sweep
     table: pd.DataFrame,  # As from `sweep_table`
@@ -221,7 +222,7 @@ def column_label(
     words = column.replace(".", " ")
     return words if "-" in column else words.replace("_", " ")
 
-# %% ../nbs/65_sweep_page.ipynb #cb60b89d
+# %% ../nbs/65_sweep_page.ipynb #aef9c322
 def is_shown(
     column: str,  # Of `sweep_table`
 ) -> bool:
@@ -270,7 +271,7 @@ def sweep_page(
         rows=shown_runs(spec, table, measured),
     )
 
-# %% ../nbs/65_sweep_page.ipynb #f7cfda1a
+# %% ../nbs/65_sweep_page.ipynb #a8192069
 def write_page(
     spec: SweepSpec,  # The sweep
     planned: list[Planned],  # All its runs
