@@ -16,11 +16,11 @@ import pytest
 from conftest import ROOT
 from test_sweep import in_a_process, planned_runs, remaining_runs, toy, wait_for  # noqa: F401
 
-from finetune_kit import cli, runs
+from finetune_kit import cli_runs, runs
 
 pytestmark = pytest.mark.slow
 # A namespace: nothing that was started in it outlives it
-NODE = "unshare --fork --kill-child --pid --mount-proc --uts sh -c".split()
+NODE = ["unshare", "--fork", "--kill-child", "--pid", "--mount-proc", "--uts", "sh", "-c"]
 # Credentials last 20 seconds, and a job that is requeued waits as long
 CONF = """
 ClusterName=kit
@@ -236,7 +236,7 @@ def test_cancelled_by_others_and_by_ctrl_c(toy, tmp_path):  # noqa: F811
     process = in_a_process(spec, slurm=dict(timeout_min=30))
     planned = planned_runs(spec)
     wait_for(lambda: [run.info["status"] for run in planned] == ["running"] * 2)
-    second_job = [job for job in running_jobs() if job.endswith("_1")][0]
+    (second_job,) = [job for job in running_jobs() if job.endswith("_1")]
     answer("scancel", second_job)
     wait_for((tmp_path / "runs/sweep-toy/index.html").exists, 120)
     assert process.is_alive()
@@ -258,7 +258,7 @@ def test_the_script_makes_the_same_runs(toy, tmp_path, monkeypatch, capsys):  # 
         slurm=dict(timeout_min=30, cpus_per_task=1),
     )
     file.write_text(json.dumps(spec))
-    cli.sweep(file, slurm_script=script)
+    cli_runs.sweep(file, slurm_script=script)
     assert capsys.readouterr().out == f"sbatch {script}\n"
     submitted = subprocess.run(
         ["sbatch", "--wait", "--parsable", script],
