@@ -42,7 +42,7 @@ def secret(
         )
     return value
 
-# %% ../nbs/75_hub.ipynb #96fcc536
+# %% ../nbs/75_hub.ipynb #aa8f8bf2
 PASSING_STATUS = (408, 429, 500, 502, 503, 504)
 
 
@@ -128,7 +128,7 @@ def measured_states(
         )
     return rows
 
-# %% ../nbs/75_hub.ipynb #ad8ced72
+# %% ../nbs/75_hub.ipynb #0046222b
 def public_name(
     source: str,  # A path of this machine, or a hub id
 ) -> str:
@@ -240,7 +240,7 @@ def public_content(
             facts[key] = public_name(path)
     return json.dumps(facts, indent=2).encode()
 
-# %% ../nbs/75_hub.ipynb #085d255b
+# %% ../nbs/75_hub.ipynb #73c15809
 def _commit(repo, contents, private, endpoint, retry):
     "Send the files in one commit; returns its address."
     from huggingface_hub import CommitOperationAdd, HfApi
