@@ -24,7 +24,7 @@ from finetune_kit.core import (
 from .infer import generate
 from .logs import log, quiet
 from .metrics import metrics
-from .scores import bootstrap, scores
+from .scores import ANSWER_METRICS, bootstrap, scores
 
 # %% ../nbs/34_evaluation.ipynb #4a5d05ad
 def _beginning(text, words=16):
@@ -41,7 +41,7 @@ def evaluate_model(
         dict
     ],  # Rows as from `encode_rows`; for conversations the last answer is generated and measured
     template: str | None = None,  # As for `render`
-    names: tuple = ("exact_match", "token_f1"),  # Metrics of the generated answers
+    names: tuple = ANSWER_METRICS,  # Metrics of the generated answers
     batch_size: int = 32,  # Rows at a time
     max_new_tokens: int = 64,  # Longest generated answer, in tokens
     n_texts: int = 10,  # Of plain texts, continue the beginnings of this many; nothing is measured on them
@@ -94,7 +94,7 @@ def evaluate_model(
 # %% ../nbs/34_evaluation.ipynb #0ed02525
 def summarize(
     items: pd.DataFrame,  # As from `evaluate_model`
-    names: tuple = ("exact_match", "token_f1"),  # Metrics to take up
+    names: tuple = ANSWER_METRICS,  # Metrics to take up
 ) -> dict:  # `nll`, `perplexity`, `n_tokens`, `n_items`, and the metrics (None where nothing was generated); `intervals`: [lo, hi] of each
     "An evaluation in a few numbers."
     nll = bootstrap(items.nll, items.n_tokens)
