@@ -6,10 +6,10 @@
 __all__ = ['StrictConfig']
 
 # %% ../nbs/03_settings.ipynb #ba931394
-from pathlib import Path
 from collections.abc import Mapping
-from typing import Any, Literal, Self, Union, get_args, get_origin
+from pathlib import Path
 from types import UnionType
+from typing import Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
