@@ -67,7 +67,7 @@ def _own_splits(source):
 def _without_overlap(splits):
     held = {}
     for s in [s for s in reversed(SPLITS) if s in splits]:
-        kept = Rows(rejects=splits[s].rejects, found=splits[s].found)
+        kept = splits[s].without_rows()
         for r in splits[s]:
             other = held.get(_question(r), s)
             if other == s:
@@ -93,7 +93,7 @@ def load_splits(source, mapping, validation, test, max_rows, dedupe):
     )  # what the source holds out stays what it is
     rows, splits["train"] = (
         splits["train"],
-        Rows(rejects=splits["train"].rejects, found=splits["train"].found),
+        splits["train"].without_rows(),
     )
     for r in rows:
         splits.setdefault(split_of(_question(r), **shares), Rows()).append(r)
@@ -125,7 +125,7 @@ def without_leaks(splits):
         for s, source, held, where, sim in leaks(splits).itertuples(index=False)
     }
     for s, rows in splits.items():
-        splits[s] = kept = Rows(rejects=rows.rejects, found=rows.found)
+        splits[s] = kept = rows.without_rows()
         for r in rows:
             if leak := found.get((s, r["source"])):
                 kept.reject(
