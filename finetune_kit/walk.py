@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['BYTES_PER_LOGIT', 'TOKENS_AT_ONCE', 'hidden_states_of', 'LayerInputs', 'layer_inputs', 'part_removed', 'StateCache',
-           'TracedBatch', 'token_losses', 'row_nll', 'branches_at_once', 'walk']
+           'TracedBatch', 'token_losses', 'row_nll', 'branches_at_once', 'walk', 'Portion', 'state_bytes', 'split_cuts',
+           'lay_out']
 
 # %% ../nbs/36_walk.ipynb #00a9fd74
 import contextlib
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +19,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from .architecture import causal_lm, decoder_layers, final_norm, part_of
-from .cuts import Cut, Level, walk_levels
+from .core import InvalidConfigError
+from .cuts import Cut, Level, count_calls, walk_levels
 from .model import n_layers, remembered
 from .stream import weights
 
@@ -286,3 +289,70 @@ def walk(
         if batch.cache:
             batch.cache.end_walk()
     return losses
+
+# %% ../nbs/36_walk.ipynb #efc82f70
+@dataclass(frozen=True)
+class Portion:
+    "The work of one walk."
+
+    batches: list[int]  # places in the list of batches
+    cuts: list[Cut]
+
+
+def state_bytes(
+    model,  # Causal language model
+    batch: dict,  # As for `cut_scores`
+) -> int:
+    "Memory of one branch's hidden states."
+    embeddings = causal_lm(model).get_input_embeddings().weight
+    bytes_per_value = embeddings.element_size() if embeddings.is_floating_point() else 4
+    hidden_size = causal_lm(model).config.get_text_config().hidden_size
+    return batch["input_ids"].numel() * hidden_size * bytes_per_value
+
+# %% ../nbs/36_walk.ipynb #da6a2999
+def split_cuts(
+    cuts: list[Cut],  # As from `cut_edits`
+    depth: int,  # Layers of the model
+    room: float,  # Branches that there is memory for
+) -> list[list[Cut]]:  # The same cuts, in the same order
+    "The cuts in 1, 2, 4, ... parts, so that each keeps fewer than `room` branches alive."
+    n_parts = 1
+    while True:
+        size = math.ceil(len(cuts) / n_parts)
+        parts = [cuts[start : start + size] for start in range(0, len(cuts), size)]
+        if size == 1 or all(count_calls(part, depth).branches < room for part in parts):
+            return parts
+        n_parts *= 2
+
+
+def _group_batches(sizes: list[int], room: float) -> list[list[int]]:
+    "Places of neighbouring batches that together need no more than `room` bytes a branch."
+    groups: list[list[int]] = [[]]
+    for n, size in enumerate(sizes):
+        if groups[-1] and sum(sizes[i] for i in groups[-1]) + size > room:
+            groups.append([])
+        groups[-1].append(n)
+    return groups
+
+# %% ../nbs/36_walk.ipynb #e3a41608
+def lay_out(
+    model,  # Causal language model, streamed or not
+    batches: list[dict],  # As for `cut_scores`
+    cuts: list[Cut],  # As from `cut_edits`, each once
+    mem_gib: float,  # Memory, in GiB; half of it is for the states of branches
+) -> list[Portion]:  # In the order in which they are walked
+    "The work in portions that fit memory. `InvalidConfigError` for no memory."
+    if mem_gib <= 0:
+        raise InvalidConfigError(
+            f"mem_gib must be above 0, got {mem_gib}: it is the memory for the states of branches"
+        )
+    room, depth = mem_gib * 2**30 / 2, n_layers(model)
+    sizes = [state_bytes(model, batch) for batch in batches]
+    groups = [[n] for n in range(len(batches))]
+    if remembered(model).disk:
+        groups = _group_batches(sizes, room / (count_calls(cuts, depth).branches + 1))
+    portions = []
+    for group in groups:
+        branches = max(2, room / sum(sizes[n] for n in group))
+        portions += [Portion(group, part) for part in split_cuts(cuts, depth, branches)]
+    return portions
