@@ -7,7 +7,7 @@ __all__ = ['StrictConfig']
 
 # %% ../nbs/02_settings.ipynb #ba931394
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -42,6 +42,13 @@ class StrictConfig(BaseModel):
             if name
             else error["msg"].removeprefix("Value error, ")
         )
+
+    def check(self) -> Any:  # What the check works out on the way: a `LayerPlan`, or None
+        """Find what would fail before anything starts: a missing file, a layer out of range.
+
+        An experiment's settings override it and raise a `FineTuneError`.
+        """
+        return None
 
     @classmethod
     def from_yaml(
