@@ -20,9 +20,9 @@ from typing import Any
 from .comparison import states_of
 from .core import ROOT, FineTuneError, InvalidConfigError, MissingConfigError, read_env
 from .logs import log
+from .model_sources import ModelSource
 from .pages import fill
 from .rows import is_hub_id
-from .model_sources import ModelSource
 from .surgery import PLAN_FILE
 
 # %% ../nbs/75_hub.ipynb #c5786182
