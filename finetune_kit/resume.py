@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .architecture import causal_lm
 from .core import digest, write_atomic
 from .logs import log
-from .model import remembered
+from .model import causal_lm, remembered
 
 # %% ../nbs/28_resume.ipynb #70518647
 def _hash_weight(weight: torch.Tensor) -> str:

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from .architecture import causal_lm, decoder_layers, final_norm, part_of
+from .architecture import decoder_layers, final_norm, part_of
 from .core import InvalidConfigError
 from .cuts import Cut, Level, count_calls, walk_levels
-from .model import n_layers, remembered
+from .model import causal_lm, n_layers, remembered
 from .stream import weights
 
 # %% ../nbs/36_walk.ipynb #74c3b98a
@@ -68,13 +68,10 @@ def _replaced_layers(
     disk = remembered(model).disk
     for layer in layers:
         layer.forward = stand_in(layer)
-    if disk:
-        disk.idle = True
     try:
-        yield
+        with disk.without_reading() if disk else contextlib.nullcontext():
+            yield
     finally:
-        if disk:
-            disk.idle = False
         for layer, own_forward in zip(layers, own_forwards, strict=True):
             if own_forward is None:
                 del layer.forward  # the class's own shows again

@@ -12,7 +12,8 @@ from finetune_kit.logs import quiet
 from finetune_kit.model import remembered, add_lora, load_model, lora_targets, merge_lora, n_layers
 from finetune_kit.plan import drop
 from finetune_kit.architecture import decoder_layers
-from finetune_kit.surgery import apply_plan, load_for_inference, save_adapter, save_cut, skipping
+from finetune_kit.surgery import load_for_inference, save_adapter, save_cut
+from finetune_kit.cutting import apply_plan, skipping
 out = Path(sys.argv[1])
 ids = torch.arange(3, 15)[None]
 
@@ -160,7 +161,8 @@ def test_recipe_run_by_mergekit(tmp_path):
     from safetensors.torch import load_file
     from finetune_kit.model import remembered, load_model
     from finetune_kit.plan import drop
-    from finetune_kit.surgery import apply_plan, save_cut
+    from finetune_kit.surgery import save_cut
+    from finetune_kit.cutting import apply_plan
     from finetune_kit.recipes import mergekit_recipe
 
     python = os.environ.get("MERGEKIT", sys.executable)
