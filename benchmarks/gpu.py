@@ -173,7 +173,7 @@ def training(folder, who, quant, cut):
     import torch
     from finetune_kit.plan import drop
     from finetune_kit.architecture import decoder_layers
-    from finetune_kit.cutting import apply_plan
+    from finetune_kit.surgery import apply_plan
     from finetune_kit.training import TrainConfig, row_order
     from finetune_kit.loop import validation_loss
     from finetune_kit.trainer import train

@@ -18,7 +18,7 @@ from finetune_kit.importance import drop_one, greedy
 from finetune_kit.model import load_model
 from finetune_kit.plan import drop
 from finetune_kit.architecture import decoder_layers
-from finetune_kit.cutting import skipping
+from finetune_kit.surgery import skipping
 from peer_code import (
     MetaLlama,
     bring,

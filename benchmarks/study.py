@@ -14,7 +14,7 @@ from finetune_kit.importance import drop_one, greedy, truncations
 from finetune_kit.scores import scores
 from finetune_kit.logs import quiet
 from finetune_kit.plan import drop, prune_after
-from finetune_kit.cutting import apply_plan
+from finetune_kit.surgery import apply_plan
 
 DEPTH, RUNS, ROWS, LENGTH, K = 12, 7, 4, 32, 5
 torch.set_num_threads(1)

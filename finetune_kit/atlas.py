@@ -13,11 +13,11 @@ import pandas as pd
 
 from .architecture import decoder_layers
 from .core import InvalidConfigError, choices
-from .cutting import skipping
 from .model import causal_lm, n_layers, remembered
 from .plan import prune_after
 from .stream import weights
 from .study import check_batches, scored_tokens, study_model, study_table, ticker
+from .surgery import skipping
 from .walk import TracedBatch, hidden_states_of, row_nll, token_losses
 
 # %% ../nbs/38_atlas.ipynb #8c437d1c

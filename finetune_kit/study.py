@@ -28,12 +28,12 @@ from finetune_kit.core import (
     ModelLoadError,
 )
 from .cuts import Cut, count_calls, cut_edits
-from .cutting import skipping
 from .model import causal_lm, n_layers, remembered
 from .plan import drop
 from .resume import BATCH_KEYS, FinishedParts, batch_content
 from .scores import scores
 from .stream import stream_model, weights
+from .surgery import skipping
 from finetune_kit.walk import (
     Portion,
     TracedBatch,

@@ -30,7 +30,7 @@ def model_folders():
 def cut_model(folder, spec):
     from finetune_kit.model import load_model
     from finetune_kit.plan import drop
-    from finetune_kit.cutting import apply_plan
+    from finetune_kit.surgery import apply_plan
 
     model, tokenizer = load_model(folder, backend="transformers", device="cpu")
     return apply_plan(model, drop(model, spec)).float(), tokenizer

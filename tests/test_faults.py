@@ -9,7 +9,7 @@ from finetune_kit.core import CheckpointError, IncompatibleConfigError, NaNLossE
 from finetune_kit.data import prepare_dataset
 from finetune_kit.model import load_model
 from finetune_kit.plan import drop
-from finetune_kit.cutting import apply_plan
+from finetune_kit.surgery import apply_plan
 from finetune_kit.training import TrainConfig
 from finetune_kit.checkpoints import newest_checkpoint
 from finetune_kit.trainer import train
