@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from .architecture import layers_path
-from .chat import templates
 from finetune_kit.core import (
     ROOT,
     IncompatibleConfigError,
@@ -34,6 +33,7 @@ from finetune_kit.declaration import (
 )
 from .model import model_config
 from .plan import LayerPlan, drop, prune_after
+from .rendering import templates
 from .rows import resolve_source
 from .scores import ANSWER_METRICS
 from .settings import StrictConfig

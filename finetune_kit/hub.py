@@ -20,9 +20,9 @@ from typing import Any
 from .comparison import states_of
 from .core import ROOT, FineTuneError, InvalidConfigError, MissingConfigError, read_env
 from .logs import log
+from .model_sources import ModelSource
 from .pages import fill
 from .rows import is_hub_id
-from .sources import Source
 from .surgery import PLAN_FILE
 
 # %% ../nbs/75_hub.ipynb #c5786182
@@ -149,7 +149,7 @@ def training_summary(
 
 
 def card_header(
-    source: Source,  # The model
+    source: ModelSource,  # The model
     is_adapter: bool,  # Whether an adapter is uploaded
 ) -> dict[str, Any]:
     "What the Hub reads of a card."
@@ -164,7 +164,7 @@ def card_header(
 
 # %% ../nbs/75_hub.ipynb #72661ba4
 def model_card(
-    source: Source,  # The model
+    source: ModelSource,  # The model
     to: str = "adapter",  # "adapter", "merged", "gguf" or "onnx": what is uploaded
 ) -> str:  # Markdown with the Hub's header
     "The card of a model. Paths of this machine are left out."

@@ -13,7 +13,6 @@ import json
 from pathlib import Path
 
 from .architecture import causal_lm, decoder_layers, slice_config, type_changes
-from .chat import chat_template
 from finetune_kit.core import (
     IncompatibleConfigError,
     ModelLoadError,
@@ -24,6 +23,7 @@ from finetune_kit.core import (
 from .logs import log
 from .model import load_model, load_tokenizer, model_config, n_layers
 from .plan import LayerPlan, drop, prune_after
+from .rendering import chat_template
 from .rows import is_hub_id
 
 # %% ../nbs/24_surgery.ipynb #14726e34
