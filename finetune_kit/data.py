@@ -15,9 +15,9 @@ from .core import EmptyDatasetError, InvalidConfigError, choices
 from .fields import FieldMapping
 from .messages import spoken_text
 from .rows import SPLITS, Rows, Source, resolve_source
+from .rows import load_rows as load_rows
 from .splits import Splits, load_splits, without_leaks
 from .variants import VARIANTS, as_variant, augment, domain_tagger, with_instruction
-from .rows import load_rows as load_rows
 
 # %% ../nbs/19_data.ipynb #9a9b5cdc
 def change_rows(
