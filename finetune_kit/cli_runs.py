@@ -255,7 +255,8 @@ SweepJsonOption = Annotated[
 def write_slurm_script(file: Path, script: Path):
     "The array script of a sweep."
     from finetune_kit.slurm import slurm_script
-    from finetune_kit.sweep_plan import plan_sweep, read_spec
+    from finetune_kit.sweep_plan import plan_sweep
+    from finetune_kit.sweep_spec import read_spec
 
     spec = read_spec(file)
     write_atomic(script, slurm_script(spec, resolve_path(file), len(plan_sweep(spec))))

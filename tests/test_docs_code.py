@@ -296,7 +296,7 @@ def test_a_wrong_python_block_is_noticed():
 
 
 def test_every_sweep_is_sound():
-    from finetune_kit.sweep_plan import SweepSpec
+    from finetune_kit.sweep_spec import SweepSpec, combinations
 
     n_sweeps = 0
     for path in GUIDE:
@@ -305,7 +305,7 @@ def test_every_sweep_is_sound():
                 continue
             n_sweeps += 1
             spec = SweepSpec(**(dict(name="sweep") | yaml.safe_load(code)))
-            faults = [dial_fault(spec.notebook, dials) for dials in spec.combinations()]
+            faults = [dial_fault(spec.notebook, dials) for dials in combinations(spec)]
             assert not any(faults), (name_of(path), faults)
             assert re.match(r"# [\w-]+\.yaml\n", code), "its first line names the file"
     assert n_sweeps >= 2

@@ -91,7 +91,7 @@ def test_a_config_file_gives_what_no_dial_sets(notebook, warm, tmp_path):
         (dict(row=3), "unknown parameter 'row'"),
         (dict(rows="many"), "rows='many'"),
         (dict(rows=2.5), "rows=2.5"),
-        (dict(rows=True), "a bool is no value for it"),
+        (dict(rows=True), "expected a number, got True"),
         (dict(kind="both"), "should be 'plain' or 'chat'"),
     ],
 )
