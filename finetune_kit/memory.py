@@ -62,11 +62,12 @@ def weight_bytes(
     if quant is not None and quant not in QUANTIZED_BYTES:
         raise InvalidConfigError(f"unknown quant {choices(quant, QUANTIZED_BYTES)}; None for none")
     targets = lora_targets(model) if quant else []
+    quantized_bytes = QUANTIZED_BYTES[quant] if quant else 0.0
     size = 0.0
     for name, parameter in model.named_parameters():
         path, _, kind = name.rpartition(".")
         if kind == "weight" and path.split(".")[-1] in targets:
-            size += parameter.numel() * QUANTIZED_BYTES[str(quant)]
+            size += parameter.numel() * quantized_bytes
         else:
             size += parameter.numel() * parameter.element_size()
     return size
