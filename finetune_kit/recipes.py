@@ -33,8 +33,8 @@ def check_movable(
     if moved:
         raise IncompatibleConfigError(
             f"{config.model_type}: without {', '.join(str(i) for i in plan.dropped)}, layer "
-            f"{moved[0]} comes to a place of another attention type, which {tool} does not correct; "
-            "apply_plan and save_cut do"
+            f"{moved[0]} comes to a place of another attention type, which {tool} does not "
+            "correct; apply_plan and save_cut do"
         )
 
 # %% ../nbs/25_recipes.ipynb #72fa4cfe
