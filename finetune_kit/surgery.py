@@ -150,6 +150,7 @@ def check_tokenizer(
         )
     own = _vocabulary_of(base)
     different = [token for token in own if vocabulary.get(token) != own[token]]
+    different.sort(key=own.get)  # a vocabulary comes in no order
     if different:
         token = different[0]
         raise IncompatibleConfigError(
