@@ -45,6 +45,45 @@ from .plan import prune_after as prune_after
 from .rendering import chat_template
 from .rows import is_hub_id
 
+# %% ../nbs/24_surgery.ipynb #ec4a337f
+import contextlib
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from finetune_kit.architecture import (
+    computes_by_place,
+    decoder_layers,
+    renumber,
+    slice_config,
+    type_changes,
+)
+from .chat import chat_template
+from finetune_kit.core import (
+    IncompatibleConfigError,
+    ModelLoadError,
+    UnsupportedModelError,
+    resolve_path,
+    write_atomic,
+)
+from .logs import log
+from finetune_kit.model import (
+    causal_lm,
+    is_quantized,
+    load_model,
+    load_tokenizer,
+    model_config,
+    model_source,
+    n_layers,
+)
+from .plan import LayerPlan, drop, prune_after
+from .plan import drop as drop
+from .plan import prune_after as prune_after
+from .rendering import chat_template
+from .rows import is_hub_id
+
 # %% ../nbs/24_surgery.ipynb #14726e34
 def _layers_for(model, plan):
     "The model's layers; `IncompatibleConfigError` if the plan is for another depth."
@@ -152,6 +191,32 @@ def check_tokenizer(
         )
     own = _vocabulary_of(base)
     different = [token for token in own if vocabulary.get(token) != own[token]]
+    if different:
+        token = different[0]
+        raise IncompatibleConfigError(
+            f"not the tokenizer of {base}: {token!r} is id {own[token]} there and "
+            f"{vocabulary.get(token, 'no token')} here ({len(different)} of {len(own)} differ); "
+            f"use load_tokenizer({base!r})"
+        )
+
+# %% ../nbs/24_surgery.ipynb #7861cba8
+def check_tokenizer(
+    model,  # Whose embedding has to hold the tokenizer's ids
+    tokenizer,  # The base's own, perhaps with tokens added
+    base: str | None,  # Folder or hub id that the model comes from
+) -> None:
+    "`IncompatibleConfigError` if the tokenizer is not the one that came with the base."
+    vocabulary = tokenizer.get_vocab()
+    rows = model.get_input_embeddings().weight.shape[0]
+    last_token = max(vocabulary, key=vocabulary.get)
+    if vocabulary[last_token] >= rows:
+        raise IncompatibleConfigError(
+            f"the tokenizer's {last_token!r} is id {vocabulary[last_token]}, the embedding has "
+            f"0..{rows - 1}; save the tokenizer that came with the model, load_tokenizer({base!r})"
+        )
+    own = _vocabulary_of(base)
+    different = [token for token in own if vocabulary.get(token) != own[token]]
+    different.sort(key=own.get)  # a vocabulary comes in no order
     if different:
         token = different[0]
         raise IncompatibleConfigError(
