@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .architecture import decoder_layers
+from .architecture import causal_lm, decoder_layers
 from finetune_kit.core import (
     IncompatibleConfigError,
     InvalidConfigError,
@@ -28,7 +28,7 @@ from finetune_kit.core import (
     ModelLoadError,
 )
 from .cuts import Cut, count_calls, cut_edits
-from .model import causal_lm, n_layers, remembered
+from .model import n_layers, remembered
 from .plan import drop
 from .resume import BATCH_KEYS, FinishedParts, batch_content
 from .scores import scores
@@ -381,7 +381,7 @@ def resampled(
 
 # %% ../nbs/37_study.ipynb #fb53ff8e
 def study_table(
-    places: list[dict],  # For each cut, the columns that say what it is: dict(layer=7)
+    places: list[dict] | pd.DataFrame,  # For each cut, what it is: dict(layer=7)
     nll: np.ndarray,  # As for `resampled`; of all rows, or of some
     base: np.ndarray,  # As for `resampled`
     tokens: np.ndarray,  # As for `resampled`

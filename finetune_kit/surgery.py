@@ -4,46 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOKENIZER_FILES', 'PLAN_FILE', 'BASE_FACTS', 'apply_plan', 'skipping', 'check_tokenizer', 'save_cut', 'base_facts',
-           'save_adapter', 'save_trained', 'SavedPlan', 'read_plan', 'load_for_inference']
-
-# %% ../nbs/24_surgery.ipynb #ec4a337f
-import contextlib
-import copy
-import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
-
-from finetune_kit.architecture import (
-    computes_by_place,
-    decoder_layers,
-    renumber,
-    slice_config,
-    type_changes,
-)
-from .architecture import decoder_layers as decoder_layers
-from finetune_kit.core import (
-    IncompatibleConfigError,
-    ModelLoadError,
-    UnsupportedModelError,
-    resolve_path,
-    write_atomic,
-)
-from .logs import log
-from finetune_kit.model import (
-    causal_lm,
-    is_quantized,
-    load_model,
-    load_tokenizer,
-    model_config,
-    model_source,
-    n_layers,
-)
-from .plan import LayerPlan, drop, prune_after
-from .plan import drop as drop
-from .plan import prune_after as prune_after
-from .rendering import chat_template
-from .rows import is_hub_id
+           'save_adapter', 'save_trained', 'SavedPlan', 'read_plan', 'load_for_inference', 'drop', 'prune_after',
+           'decoder_layers']
 
 # %% ../nbs/24_surgery.ipynb #ec4a337f
 import contextlib
@@ -79,9 +41,6 @@ from finetune_kit.model import (
     n_layers,
 )
 from .plan import LayerPlan, drop, prune_after
-from .plan import drop as drop
-from .plan import prune_after as prune_after
-from .rendering import chat_template
 from .rows import is_hub_id
 
 # %% ../nbs/24_surgery.ipynb #14726e34
@@ -173,31 +132,6 @@ def _vocabulary_of(base):
         return AutoTokenizer.from_pretrained(base, local_files_only=True).get_vocab()
     except (OSError, ValueError):
         return {}
-
-# %% ../nbs/24_surgery.ipynb #7861cba8
-def check_tokenizer(
-    model,  # Whose embedding has to hold the tokenizer's ids
-    tokenizer,  # The base's own, perhaps with tokens added
-    base: str | None,  # Folder or hub id that the model comes from
-) -> None:
-    "`IncompatibleConfigError` if the tokenizer is not the one that came with the base."
-    vocabulary = tokenizer.get_vocab()
-    rows = model.get_input_embeddings().weight.shape[0]
-    last_token = max(vocabulary, key=vocabulary.get)
-    if vocabulary[last_token] >= rows:
-        raise IncompatibleConfigError(
-            f"the tokenizer's {last_token!r} is id {vocabulary[last_token]}, the embedding has "
-            f"0..{rows - 1}; save the tokenizer that came with the model, load_tokenizer({base!r})"
-        )
-    own = _vocabulary_of(base)
-    different = [token for token in own if vocabulary.get(token) != own[token]]
-    if different:
-        token = different[0]
-        raise IncompatibleConfigError(
-            f"not the tokenizer of {base}: {token!r} is id {own[token]} there and "
-            f"{vocabulary.get(token, 'no token')} here ({len(different)} of {len(own)} differ); "
-            f"use load_tokenizer({base!r})"
-        )
 
 # %% ../nbs/24_surgery.ipynb #7861cba8
 def check_tokenizer(
@@ -435,3 +369,6 @@ def load_for_inference(
     config.layer_replication = None  # the layers are out already, per-layer facts and all
     model = PeftModel.from_pretrained(model, folder, config=config).eval()
     return model, load_tokenizer(folder)
+
+# %% ../nbs/24_surgery.ipynb #9b64f2ce
+_all_ = ["drop", "prune_after", "decoder_layers"]
