@@ -22,7 +22,7 @@ from finetune_kit.architecture import (
     slice_config,
     type_changes,
 )
-from .chat import chat_template
+from .rendering import chat_template
 from finetune_kit.core import (
     IncompatibleConfigError,
     ModelLoadError,
