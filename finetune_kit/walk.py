@@ -58,6 +58,20 @@ class LayerInputs:
 
 # %% ../nbs/36_walk.ipynb #bdfd8a02
 @contextlib.contextmanager
+def _idle(
+    disk,  # A `LayersOnDisk`, or None
+):
+    if disk is None:
+        yield
+        return
+    disk.idle = True
+    try:
+        yield
+    finally:
+        disk.idle = False
+
+
+@contextlib.contextmanager
 def _replaced_layers(
     model,
     stand_in: Callable,  # layer → the forward that it gets
@@ -69,7 +83,7 @@ def _replaced_layers(
     for layer in layers:
         layer.forward = stand_in(layer)
     try:
-        with disk.without_reading() if disk else contextlib.nullcontext():
+        with _idle(disk):
             yield
     finally:
         for layer, own_forward in zip(layers, own_forwards, strict=True):
