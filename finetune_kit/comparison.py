@@ -8,149 +8,142 @@ __all__ = ['STATE_ORDER', 'SPEED_ROWS', 'states_of', 'comparison', 'paired', 'pa
 
 # %% ../nbs/59_comparison.ipynb #62bcc23b
 import json
+from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
 from .core import InvalidConfigError, choices
 from .record import Run
+from .scores import ANSWER_METRICS, bootstrap
 
 # %% ../nbs/59_comparison.ipynb #6e416e2a
-STATE_ORDER = (
-    "healed",
-    "tuned",
-    "control",
-    "cut",
-    "base",
-)  # Which state speaks for a run, by default
+STATE_ORDER = ("healed", "tuned", "control", "cut", "base")  # Which state speaks for a run
 
 
 def states_of(
     metrics: dict | None,  # As in `run.json`: also differences, shares and counts
 ) -> list[str]:  # In its order
     "The states whose NLL was measured."
-    return [
-        s
-        for s, m in (metrics or {}).items()
-        if isinstance(m, dict) and isinstance(m.get("nll"), (int, float))
-    ]
+    states = []
+    for name, measured in (metrics or {}).items():
+        if isinstance(measured, dict) and isinstance(measured.get("nll"), int | float):
+            states.append(name)
+    return states
 
-
-def _state(run, state):
+# %% ../nbs/59_comparison.ipynb #59a00003
+def _state_of(run: Run, state: str | None) -> str | None:
     there = states_of(run.info.get("metrics"))
     if state and state not in there:
         raise InvalidConfigError(f"{run.id} has no state {choices(state, there)}")
-    return state or next((s for s in STATE_ORDER if s in there), None)
+    return state or next((name for name in STATE_ORDER if name in there), None)
 
 # %% ../nbs/59_comparison.ipynb #5523055b
 def comparison(
-    runs: list[Run],  # Any runs
-    state: str | None = None,  # Of which state; None: each run's healed one, or what comes nearest
-    names: tuple = ("nll", "perplexity", "exact_match", "token_f1"),  # Metrics
-) -> (
-    pd.DataFrame
-):  # A row a run: `id`, `status`, `state`, `n_items`, and for each metric it, `…_lo` and `…_hi`
-    "Runs side by side, with their intervals. `InvalidConfigError` for a state that a run does not have."
+    runs: list[Run],
+    state: str | None = None,  # Of which state; None: each run's healed one, or the nearest
+    names: Sequence[str] = ("nll", "perplexity", *ANSWER_METRICS),  # Metrics
+) -> pd.DataFrame:  # A row a run: `id`, `status`, `state`, `n_items`; a metric, `…_lo`, `…_hi`
+    """Runs side by side, with their intervals.
+
+    `InvalidConfigError` for a state that a run does not have."""
     rows = []
     for run in runs:
-        s = _state(run, state)
-        m = run.info["metrics"][s] if s else {}
-        bounds = {k: (m.get("intervals") or {}).get(k) or [None, None] for k in names}
-        rows.append(
-            dict(id=run.id, status=run.info["status"], state=s, n_items=m.get("n_items"))
-            | {
-                c: v
-                for k in names
-                for c, v in ((k, m.get(k)), (f"{k}_lo", bounds[k][0]), (f"{k}_hi", bounds[k][1]))
-            }
+        chosen = _state_of(run, state)
+        measured = run.info["metrics"][chosen] if chosen else {}
+        intervals = measured.get("intervals") or {}
+        row = dict(
+            id=run.id, status=run.info["status"], state=chosen, n_items=measured.get("n_items")
         )
+        for name in names:
+            row[name] = measured.get(name)
+            row[f"{name}_lo"], row[f"{name}_hi"] = intervals.get(name) or [None, None]
+        rows.append(row)
     return pd.DataFrame(rows)
+
+# %% ../nbs/59_comparison.ipynb #59a00007
+def _p_value(differences: pd.Series, is_likelihood: bool) -> float:
+    from scipy.stats import binomtest, wilcoxon
+
+    wins, losses = int((differences > 0).sum()), int((differences < 0).sum())
+    if not wins + losses:
+        return 1.0
+    right_or_wrong = set(differences.unique()) <= {-1.0, 0.0, 1.0}
+    if right_or_wrong and not is_likelihood:
+        return float(binomtest(wins, wins + losses).pvalue)
+    return float(wilcoxon(differences).pvalue)
 
 # %% ../nbs/59_comparison.ipynb #44abc3de
 def paired(
-    a: pd.DataFrame,
-    b: pd.DataFrame,  # Two evaluations, as from `evaluate_model`; items that only one of them has do not count
+    a: pd.DataFrame,  # An evaluation, as from `evaluate_model`
+    b: pd.DataFrame,  # Another; items that only one of them has do not count
     name: str = "nll",  # "nll" (per token, an item counting as its tokens in `a`) or a metric
-) -> (
-    dict
-):  # `mean` of b − a, `lo`, `hi`, `p`, `n_items`; all None where they have no item in common
-    "The paired difference on common items. McNemar 1947, Wilcoxon 1945."
-    from scipy.stats import binomtest, wilcoxon
+) -> dict[str, Any]:  # `mean` of b − a, `lo`, `hi`, `p`, `n_items`
+    """The paired difference on common items. McNemar 1947, Wilcoxon 1945.
 
-    from finetune_kit.scores import bootstrap
-
-    both = a.merge(b, on="id", suffixes=("_a", "_b")) if name in a and name in b else pd.DataFrame()
-    if len(both):
-        both = both.dropna(subset=[f"{name}_a", f"{name}_b"])
-    if not len(both):
-        return dict(mean=None, lo=None, hi=None, p=None, n_items=0)
-    tokens = both.n_tokens_a if name == "nll" else None
-    each = (
-        both.nll_b / both.n_tokens_b - both.nll_a / both.n_tokens_a
-        if name == "nll"
-        else both[f"{name}_b"] - both[f"{name}_a"]
-    ).astype(float)
-    gap = each * tokens if name == "nll" else each
-    wins, losses = int((gap > 0).sum()), int((gap < 0).sum())
-    if not wins + losses:
-        p = 1.0
-    elif set(gap.unique()) <= {-1.0, 0.0, 1.0} and name != "nll":
-        p = binomtest(wins, wins + losses).pvalue
+    All but `n_items` are None where they have no item in common."""
+    nothing = dict(mean=None, lo=None, hi=None, p=None, n_items=0)
+    if name not in a or name not in b:
+        return nothing
+    both = a.merge(b, on="id", suffixes=("_a", "_b")).dropna(subset=[f"{name}_a", f"{name}_b"])
+    if both.empty:
+        return nothing
+    if name == "nll":
+        tokens = both.n_tokens_a
+        differences = (both.nll_b / both.n_tokens_b - both.nll_a / tokens).astype(float)
+        interval = bootstrap(differences * tokens, tokens)
     else:
-        p = wilcoxon(each).pvalue
-    return bootstrap(gap, tokens) | dict(p=float(p), n_items=len(both))
+        differences = (both[f"{name}_b"] - both[f"{name}_a"]).astype(float)
+        interval = bootstrap(differences)
+    p = _p_value(differences, is_likelihood=name == "nll")
+    return interval | dict(p=p, n_items=len(both))
 
 # %% ../nbs/59_comparison.ipynb #31c5f207
 def paired_table(
     runs: list[Run],  # The first is what the others are compared with
     state: str | None = None,  # As for `comparison`
-    names: tuple = ("nll", "exact_match"),  # Metrics
-) -> (
-    pd.DataFrame
-):  # A row for each other run and metric: `id`, `against`, `metric`, and as from `paired`
-    "Every run against the first, item by item."
-    kept = [
-        r.items()[_state(r, state)]
-        if (r.folder / "items.jsonl").exists() and _state(r, state)
-        else None
-        for r in runs
+    names: Sequence[str] = ("nll", "exact_match"),  # Metrics
+) -> pd.DataFrame:  # A row for each other run and metric
+    "Every run against the first, item by item: `id`, `against`, `metric`, and as from `paired`."
+    columns = ["id", "against", "metric", "mean", "lo", "hi", "p", "n_items"]
+    kept = {}
+    for run in runs:
+        chosen = _state_of(run, state)
+        if chosen and (run.folder / "items.jsonl").exists():
+            kept[run.id] = run.items()[chosen]
+    yardstick, *others = runs
+    if yardstick.id not in kept:
+        return pd.DataFrame(columns=columns)
+    rows = [
+        dict(id=run.id, against=yardstick.id, metric=name)
+        | paired(kept[yardstick.id], kept[run.id], name)
+        for run in others
+        if run.id in kept
+        for name in names
     ]
-    return pd.DataFrame(
-        [
-            dict(id=r.id, against=runs[0].id, metric=name) | paired(kept[0], items, name)
-            for r, items in zip(runs[1:], kept[1:])
-            if items is not None and kept[0] is not None
-            for name in names
-        ],
-        columns=["id", "against", "metric", "mean", "lo", "hi", "p", "n_items"],
-    )
+    return pd.DataFrame(rows, columns=columns)
 
 # %% ../nbs/59_comparison.ipynb #b21bc2a0
 def config_differences(
-    runs: list[Run],  # Any runs
-) -> (
-    pd.DataFrame
-):  # A row a setting that is not the same in all of them, a column a run; hashes as `hash of data`
-    "What was asked differently."
-    asked = {
-        r.id: (r.info.get("config") or {})
-        | {f"hash of {k}": v for k, v in (r.info.get("hashes") or {}).items() if k != "config"}
-        for r in runs
-    }
-    names = dict.fromkeys(k for a in asked.values() for k in a)
-    return pd.DataFrame(
-        {
-            i: {
-                k: a.get(k)
-                for k in names
-                if len({json.dumps(b.get(k), default=str) for b in asked.values()}) > 1
-            }
-            for i, a in asked.items()
-        },
-        dtype=object,
-    )
+    runs: list[Run],
+) -> pd.DataFrame:  # A row a setting that differs, a column a run
+    "What was asked differently; the hash of the data as `hash of data`."
+    asked = {}
+    for run in runs:
+        hashes = run.info.get("hashes") or {}
+        named = {f"hash of {name}": value for name, value in hashes.items() if name != "config"}
+        asked[run.id] = (run.info.get("config") or {}) | named
+    names = dict.fromkeys(name for settings in asked.values() for name in settings)
+
+    def differs(name):
+        return len({json.dumps(s.get(name), default=str) for s in asked.values()}) > 1
+
+    rows = [name for name in names if differs(name)]
+    columns = {id: [settings.get(name) for name in rows] for id, settings in asked.items()}
+    return pd.DataFrame(columns, index=rows, dtype=object)
 
 # %% ../nbs/59_comparison.ipynb #7697f964
-_SPEED = {
+_SPEED = {  # Measured → its row, and a factor
     "tokens_per_s": ("tokens a second", 1),
     "first_s": ("first token, ms", 1e3),
     "answer_s": ("answer, ms", 1e3),
@@ -159,54 +152,67 @@ _SPEED = {
     "peak_mib": ("memory, MiB", 1),
 }
 
-SPEED_ROWS = [
-    name for name, _ in _SPEED.values()
-]  # Those of `side_by_side` that are about speed and memory
+SPEED_ROWS = [row for row, _ in _SPEED.values()]  # Those of `side_by_side` about speed and memory
+
+# %% ../nbs/59_comparison.ipynb #59a00014
+def _quality_rows(metrics: dict) -> dict[str, dict]:
+    def with_interval(state, name):
+        lo, hi = metrics[state]["intervals"][name]
+        return f"{metrics[state][name]:.3f} ({lo:.3f} to {hi:.3f})"
+
+    rows = {}
+    for name, change in metrics["tuned_minus_base"].items():
+        mean, lo, hi = (f"{change[key]:+.3f}" for key in ("mean", "lo", "hi"))
+        rows[name] = dict(
+            base=with_interval("base", name),
+            tuned=with_interval("tuned", name),
+            change=f"{mean} ({lo} to {hi})",
+        )
+    return rows
 
 
+def _speed_rows(speed: dict, speedup: dict) -> dict[str, dict]:
+    rows = {}
+    for measured, (row, factor) in _SPEED.items():
+        base, tuned = speed["base"][measured], speed["tuned"][measured]
+        rows[row] = dict(
+            base=f"{base * factor:,.1f}",
+            tuned=f"{tuned * factor:,.1f}",
+            change=f"× {tuned / base:.2f}",
+        )
+    interval = f" ({speedup['lo']:.2f} to {speedup['hi']:.2f})"
+    rows["tokens a second"]["change"] += interval
+    return rows
+
+# %% ../nbs/59_comparison.ipynb #59a00015
 def side_by_side(
     evaluation: dict,  # As from `Run.evaluation`
-) -> pd.DataFrame:  # A row a metric; `base`, `tuned` and `tuned against base` (difference, or ratio with ×) as text, with 95% intervals in brackets
-    "Base against tuned model: quality and, where it was measured, speed and memory."
-    m, speed = evaluation["metrics"], evaluation.get("speed")
+) -> pd.DataFrame:  # A row a metric: `base`, `tuned`, `tuned against base`, as text
+    """Base against tuned model: quality and, where it was measured, speed and memory.
 
-    def value(s, k):
-        return f"{s[k]:.3f} ({s['intervals'][k][0]:.3f} to {s['intervals'][k][1]:.3f})"
-
-    rows = {
-        k: dict(
-            base=value(m["base"], k),
-            tuned=value(m["tuned"], k),
-            change=f"{d['mean']:+.3f} ({d['lo']:+.3f} to {d['hi']:+.3f})",
-        )
-        for k, d in m["tuned_minus_base"].items()
-    }
-    for k, (name, scale) in (_SPEED if speed else {}).items():
-        rows[name] = {s: f"{speed[s][k] * scale:,.1f}" for s in ("base", "tuned")} | dict(
-            change=f"× {speed['tuned'][k] / speed['base'][k]:.2f}"
-        )
-    if speed:
-        rows["tokens a second"]["change"] += " ({lo:.2f} to {hi:.2f})".format(
-            **evaluation["speedup"]
-        )
-    return pd.DataFrame.from_dict(rows, orient="index").rename(
-        columns=dict(change="tuned against base")
-    )
+    The change is a difference, or a ratio with ×; 95% intervals stand in brackets."""
+    rows = _quality_rows(evaluation["metrics"])
+    if evaluation.get("speed"):
+        rows |= _speed_rows(evaluation["speed"], evaluation["speedup"])
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    return table.rename(columns=dict(change="tuned against base"))
 
 # %% ../nbs/59_comparison.ipynb #57f22637
 def evaluations(
     table: pd.DataFrame,  # As from `list_runs`
-    names: tuple = ("nll", "exact_match", "tokens_per_s"),  # Metrics
-) -> (
-    pd.DataFrame
-):  # A row a run and data set: `id`, `data`, and for each metric `base …` and `tuned …`
+    names: Sequence[str] = ("nll", "exact_match", "tokens_per_s"),  # Metrics
+) -> pd.DataFrame:  # A row a run and data set: `id`, `data`, and a metric's `base …`, `tuned …`
     "What runs came to on other data."
-    kept = dict.fromkeys(c.removesuffix(": tuned.nll") for c in table if c.endswith(": tuned.nll"))
-    rows = [
-        dict(id=row["id"], data=data)
-        | {f"{s} {k}": row.get(f"{data}: {s}.{k}") for k in names for s in ("base", "tuned")}
-        for row in table.to_dict("records")
-        for data in kept
-        if pd.notna(row[f"{data}: tuned.nll"])
-    ]
+    mark = ": tuned.nll"
+    data_sets = [column.removesuffix(mark) for column in table if column.endswith(mark)]
+    rows = []
+    for run in table.to_dict("records"):
+        for data in data_sets:
+            if pd.isna(run[data + mark]):
+                continue
+            row = dict(id=run["id"], data=data)
+            for name in names:
+                for state in ("base", "tuned"):
+                    row[f"{state} {name}"] = run.get(f"{data}: {state}.{name}")
+            rows.append(row)
     return pd.DataFrame(rows).dropna(axis=1, how="all")
