@@ -255,7 +255,7 @@ def load_base(folder, way, quant, is_cut):
 
     if way["backend"] == "unsloth":
         load_unsloth()  # before anything of transformers
-    from finetune_kit.architecture import n_layers
+    from finetune_kit.model import n_layers
     from finetune_kit.plan import drop
     from finetune_kit.surgery import apply_plan
 
