@@ -543,7 +543,8 @@ def test_a_row_of_100_000_tokens_is_left_out_not_cut(tok):
 )
 def test_masks_of_any_text(tok, contents, with_system):
     "What is scored is what the assistant answered, by character and by token."
-    from finetune_kit.chat import answer_spans, encode
+    from finetune_kit.chat import encode
+    from finetune_kit.rendering import answer_spans
 
     messages = [dict(role="system", content="Be brief.")] if with_system else []
     n_messages = len(contents) // 2 * 2
