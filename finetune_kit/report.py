@@ -115,7 +115,7 @@ class Recorder:
 
     def _message(self, message):
         kind, content = message["header"]["msg_type"], message["content"]
-        display_id = (content.get("transient") or {}).get("display_id")
+        display_id = (content.get("transient") or {}).get("display_id") or ""
         if kind == "update_display_data":
             data, metadata = (nbformat.from_dict(content[key]) for key in ("data", "metadata"))
             for output in self.shown.get(display_id, []):
