@@ -71,7 +71,7 @@ DialsOption = Annotated[
         "-p",
         "--parameter",
         metavar="NAME=VALUE",
-        help="A dial to turn, as `-p drop_layer 7` or `-p NAME=VALUE`; as often as needed",
+        help="A dial to turn, as `-p NAME VALUE` or `-p NAME=VALUE`; as often as needed",
     ),
 ]
 OutOption = Annotated[
@@ -85,7 +85,7 @@ OutOption = Annotated[
 def pair_values(
     words: list[str],  # A command line, without the program's name
 ) -> list[str]:
-    "`-p drop_layer 7` as `-p NAME=VALUE`; all else as it is."
+    "`-p NAME VALUE` as `-p NAME=VALUE`; all else as it is."
     joined = []
     place = 0
     while place < len(words):
@@ -134,7 +134,7 @@ def parse_dials(
         name, mark, text = pair.partition("=")
         if not (name and mark):
             raise InvalidConfigError(
-                f"-p {name}: a value is missing; write -p drop_layer 7, or -p NAME=VALUE"
+                f"-p {name}: a value is missing; write -p NAME VALUE, or -p NAME=VALUE"
             )
         dials[name] = read_value(text)
     return dials
