@@ -6,7 +6,7 @@
 __all__ = ['SHIPPED_TEMPLATES', 'templates', 'LOSS_ON', 'END_TOKENS', 'chat_template', 'render', 'check_loss_on', 'scored_turns',
            'MarkedText', 'Answer', 'mark_answers', 'answer_spans']
 
-# %% ../nbs/16_rendering.ipynb #0cb6e0b8
+# %% ../nbs/16_rendering.ipynb #1f9dc714
 import os
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 from .core import InvalidConfigError, MaskError, Registry, choices
 from .pages import shipped_text
 
-# %% ../nbs/16_rendering.ipynb #feba686b
+# %% ../nbs/16_rendering.ipynb #a741d4ed
 SHIPPED_TEMPLATES = ("alpaca", "chatml", "llama2", "phi")
 
 templates = Registry("chat template")  # Name → Jinja source
 templates.update({name: shipped_text(f"{name}.jinja") for name in SHIPPED_TEMPLATES})
 
-# %% ../nbs/16_rendering.ipynb #966bb4ef
+# %% ../nbs/16_rendering.ipynb #3e74fc92
 def chat_template(
     tokenizer,  # With or without a template of its own
     template: str | None = None,  # A name from `templates`, Jinja source, or None or "own": its own
@@ -31,7 +31,7 @@ def chat_template(
     is_source = "{" in template
     return template if is_source else templates[template]
 
-# %% ../nbs/16_rendering.ipynb #583133c7
+# %% ../nbs/16_rendering.ipynb #496c5d81
 def render(
     messages: list,  # Messages with `role` and `content`; or a list of such conversations
     tokenizer,  # Its special tokens are filled in
@@ -50,7 +50,7 @@ def render(
         enable_thinking=False,
     )
 
-# %% ../nbs/16_rendering.ipynb #a3430354
+# %% ../nbs/16_rendering.ipynb #fbc7ddbc
 LOSS_ON = ("answers", "last", "all")  # The loss counts every answer, the last answer, or all tokens
 
 
@@ -75,7 +75,7 @@ def scored_turns(
             turns.append(place)
     return turns
 
-# %% ../nbs/16_rendering.ipynb #0847939d
+# %% ../nbs/16_rendering.ipynb #8cf98a13
 END_TOKENS = (  # What known templates end a turn with, besides the EOS token
     "<|im_end|>",
     "<|eot_id|>",
@@ -106,7 +106,7 @@ def _end_of_answer(
     shared = os.path.commonprefix([through_answer, text])  # noqa: RUF071
     return _end_of_last_turn(shared, tokenizer)
 
-# %% ../nbs/16_rendering.ipynb #6d32d160
+# %% ../nbs/16_rendering.ipynb #0b511ebf
 class MarkedText(NamedTuple):
     "A rendered conversation, and what of it is scored."
 
@@ -126,7 +126,7 @@ class Answer:
     def is_last(self) -> bool:
         return self.turn == len(self.messages) - 1
 
-# %% ../nbs/16_rendering.ipynb #e6f4dcf3
+# %% ../nbs/16_rendering.ipynb #a0a0dc2d
 def _render_all(conversations: list, tokenizer, template, add_generation_prompt=False) -> list[str]:
     if not conversations:
         return []
@@ -157,7 +157,7 @@ def _span(
     is_rendered_alike = text.startswith(prompt) and end > len(prompt)
     return (len(prompt), end) if is_rendered_alike else None
 
-# %% ../nbs/16_rendering.ipynb #cf64c529
+# %% ../nbs/16_rendering.ipynb #a3bd532d
 def mark_answers(
     conversations: list[list[dict]],  # Each a list of messages
     tokenizer,
@@ -174,8 +174,8 @@ def mark_answers(
     answers = []
     for place, messages in enumerate(conversations):
         answers += [Answer(place, messages, turn) for turn in scored_turns(messages, loss_on)]
-    asked = [answer.messages[: answer.turn] for answer in answers]
-    prompts = _render_all(asked, tokenizer, template, add_generation_prompt=True)
+    questions = [answer.messages[: answer.turn] for answer in answers]
+    prompts = _render_all(questions, tokenizer, template, add_generation_prompt=True)
     earlier = [answer for answer in answers if not answer.is_last]
     beginnings = [answer.messages[: answer.turn + 1] for answer in earlier]
     through = dict(zip(earlier, _render_all(beginnings, tokenizer, template), strict=True))
@@ -188,7 +188,7 @@ def mark_answers(
             spans.append(span)
     return marked
 
-# %% ../nbs/16_rendering.ipynb #f82ba46f
+# %% ../nbs/16_rendering.ipynb #109847ad
 def answer_spans(
     messages: list[dict],  # One conversation
     tokenizer,
