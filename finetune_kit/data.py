@@ -19,7 +19,7 @@ from .variants import VARIANTS, as_variant, augment, domain_tagger, with_instruc
 def _reshaped(splits, change):
     "Each row changed; one that cannot be goes to the rejects."
     for s, rows in splits.items():
-        splits[s] = kept = Rows(rejects=rows.rejects, found=rows.found)
+        splits[s] = kept = rows.without_rows()
         for r in rows:
             try:
                 kept.append(change(r))

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .core import DatasetLoadError, digest
+from .duplicates import near_pairs
+from .fields import FieldMapping
+from .messages import spoken_text
 from finetune_kit.rows import (
     SPLITS,
     DataSource,
     Rows,
     Source,
     load_rows,
-    near_pairs,
     resolve_source,
     split_from_name,
-    spoken_text,
 )
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def question_id(
         return digest(row["text"])
     return digest([message for message in row["messages"] if message["role"] != "assistant"])
 
-# %% ../nbs/14_splits.ipynb #4ea68701
+# %% ../nbs/14_splits.ipynb #8a1072df
 class OwnSplits(NamedTuple):
     "The splits that a source has itself."
 
@@ -92,7 +93,7 @@ def _without_overlap(splits: dict[str, Rows]) -> dict[str, Rows]:
     for split in reversed(SPLITS):
         if split not in splits:
             continue
-        separate[split] = splits[split][:0]
+        separate[split] = splits[split].without_rows()
         for row in splits[split]:
             holder = holders.setdefault(question_id(row), split)
             if holder == split:
@@ -104,7 +105,7 @@ def _without_overlap(splits: dict[str, Rows]) -> dict[str, Rows]:
 # %% ../nbs/14_splits.ipynb #daced7d9
 def load_splits(
     source: Source,  # As for `rows.resolve_source`
-    mapping: dict | None = None,  # As for `rows.load_rows`
+    mapping: FieldMapping | None = None,  # As for `rows.load_rows`
     validation: float = 0.1,  # Share of the validation split where the source has none, in [0, 1]
     test: float = 0.1,  # Share of the test split where the source has none, in [0, 1]
     max_rows: int | None = None,  # Good rows to read, of each split that the source has
@@ -132,7 +133,7 @@ def load_splits(
     validation_share = 0 if "validation" in names else validation
     test_share = 0 if "test" in names else test
     rows = splits["train"]
-    splits["train"] = rows[:0]
+    splits["train"] = rows.without_rows()
     for row in rows:
         split = split_of(question_id(row), validation_share, test_share)
         splits.setdefault(split, Rows()).append(row)
@@ -169,7 +170,7 @@ def without_leaks(
     held_rows = {(leak.split, leak.source): leak for leak in leaks(splits).itertuples()}
     separate = {}
     for split, rows in splits.items():
-        separate[split] = rows[:0]
+        separate[split] = rows.without_rows()
         for row in rows:
             leak = held_rows.get((split, row["source"]))
             if leak is None:

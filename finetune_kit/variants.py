@@ -169,7 +169,7 @@ def augment(
     seed: int = 0,  # Draws them
 ) -> Rows:  # The rows, each conversation followed by its variations, which name it in `augmented` and have ids of their own
     "Add variations of each row's last question."
-    out = Rows(rejects=rows.rejects, found=rows.found)
+    out = rows.without_rows()
     for r in rows:
         out.append(r)
         if "messages" not in r:
