@@ -5,11 +5,21 @@
 Ratios of alternating rounds on one server; `--beside` measures `transformers serve` on the same model in the same run.
 """
 
-import argparse, contextlib, platform, socket, statistics, subprocess, sys, time
+import argparse
+import contextlib
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx, openai, pandas as pd, torch
+import httpx
+import openai
+import pandas as pd
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from finetune_kit.core import ROOT, resolve_path

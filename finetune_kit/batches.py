@@ -16,7 +16,7 @@ from .core import InvalidConfigError
 if TYPE_CHECKING:
     import torch
 
-# %% ../nbs/27_batches.ipynb #c0039352
+# %% ../nbs/27_batches.ipynb #b9252556
 def _padded(rows: list[list[int]], value: int, device) -> "torch.Tensor":
     import torch
     from torch.nn.utils.rnn import pad_sequence
@@ -60,7 +60,7 @@ def batches(
         pad_batch(encoded, order[start : start + batch_size], pad_id, device) for start in starts
     ]
 
-# %% ../nbs/27_batches.ipynb #1819307b
+# %% ../nbs/27_batches.ipynb #0a0b555f
 def best_fit(
     lengths: list[int],  # Tokens of each row
     max_tokens: int,  # Most tokens of a pack

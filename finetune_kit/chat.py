@@ -21,7 +21,7 @@ from .core import EmptyDatasetError, MaskError
 from .rendering import END_TOKENS, check_loss_on, mark_answers, render, scored_turns
 from .rows import Rows
 
-# %% ../nbs/17_chat.ipynb #33576aee
+# %% ../nbs/17_chat.ipynb #e1c6b416
 _all_ = ["render"]  # what outsiders import from here
 
 # %% ../nbs/17_chat.ipynb #6895a3de
@@ -73,7 +73,7 @@ def _text_tokens(texts, tokenizer) -> list[Tokens]:
     encodings = _tokenize(texts, tokenizer, add_special_tokens=True)
     return [Tokens(encoding.ids, encoding.ids) for encoding in encodings]
 
-# %% ../nbs/17_chat.ipynb #fd953156
+# %% ../nbs/17_chat.ipynb #65d5b219
 def _encode_chunk(rows, tokenizer, template, max_length, loss_on) -> list[dict]:
     "`encode` for several rows."
     conversations = [row["messages"] for row in rows if "messages" in row]
@@ -99,7 +99,7 @@ def encode(
     "Token ids of a row, and its mask. Nothing is shifted: position i of `labels` is token i."
     return _encode_chunk([row], tokenizer, template, max_length, loss_on)[0]
 
-# %% ../nbs/17_chat.ipynb #4664e583
+# %% ../nbs/17_chat.ipynb #eeb2058d
 def _encode_each(rows, *options) -> list[dict | jinja2.TemplateError]:
     "Encode a chunk; where the template refuses it, row by row, with the error in place of the row."
     try:
@@ -187,7 +187,7 @@ def scored_runs(
             start = None
     return runs
 
-# %% ../nbs/17_chat.ipynb #1580be09
+# %% ../nbs/17_chat.ipynb #146b2697
 class Fault(NamedTuple):
     "What is wrong with an example, and what to do."
 
@@ -223,7 +223,7 @@ class Example:
     def tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-# %% ../nbs/17_chat.ipynb #521f4b5f
+# %% ../nbs/17_chat.ipynb #8d0fcdfc
 def nothing_scored(example: Example) -> Fault | None:
     "The loss counts no token."
     if scored_runs(example.labels[1:]):  # the first token is never predicted
@@ -244,7 +244,7 @@ def two_bos_tokens(example: Example) -> Fault | None:
         "the template adds one and so does the tokenizer; use a template without",
     )
 
-# %% ../nbs/17_chat.ipynb #bc2955ce
+# %% ../nbs/17_chat.ipynb #d81a204c
 def answer_is_cut(example: Example) -> Fault | None:
     "The last answer does not end."
     n_cut = example.encoded["n_cut"]
@@ -301,7 +301,7 @@ def lost_answer(example: Example) -> Fault | None:
         start = place + len(tokenized)
     return None
 
-# %% ../nbs/17_chat.ipynb #0dcc5f04
+# %% ../nbs/17_chat.ipynb #f9dea5ab
 def no_end_of_turn(example: Example) -> Fault | None:
     "A scored answer does not end with an end-of-turn token."
     if example.loss_on == "all":
@@ -333,7 +333,7 @@ def other_prompt(example: Example) -> Fault | None:
         "a template in which a special token or a line break stands between prompt and answer",
     )
 
-# %% ../nbs/17_chat.ipynb #3d69e90c
+# %% ../nbs/17_chat.ipynb #8cbe1dfb
 ROW_CHECKS = (nothing_scored, two_bos_tokens)
 CHAT_CHECKS = (answer_is_cut, unknown_role, lost_message, lost_answer, no_end_of_turn, other_prompt)
 

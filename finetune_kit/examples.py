@@ -65,11 +65,11 @@ def tiny_config(
 
     if model_type not in OF_THEIR_OWN:
         raise InvalidConfigError(f"model_type {choices(model_type, OF_THEIR_OWN)}")
-    values = SHAPE | dict(num_hidden_layers=n_layers) | OF_THEIR_OWN[model_type] | changes
+    values = SHAPE | dict(num_hidden_layers=n_layers) | OF_THEIR_OWN[model_type]
+    values = {name: value for name, value in values.items() if value is not None} | changes
     if model_type == "gpt_neo":
         values["num_layers"] = values.pop("num_hidden_layers")
         values.setdefault("attention_types", [[["global", "local"], n_layers // 2]])
-    values = {name: value for name, value in values.items() if value is not None}
     return AutoConfig.for_model(model_type, **values)
 
 

@@ -31,7 +31,7 @@ def _decode_part(ids: list[int], start: int, stop: int, tokenizer) -> str:
 
     return decode([*context, *ids[start:stop]])[len(decode(context)) :]
 
-# %% ../nbs/18_inspect.ipynb #c24778d0
+# %% ../nbs/18_inspect.ipynb #88074164
 REPLACEMENT = "\ufffd"  # What an incomplete character is decoded to
 MOST_BYTES = 4  # Of a character in UTF-8; each may be a token
 

@@ -6,7 +6,7 @@
 __all__ = ['SHIPPED_TEMPLATES', 'templates', 'LOSS_ON', 'END_TOKENS', 'chat_template', 'render', 'check_loss_on', 'scored_turns',
            'MarkedText', 'Answer', 'mark_answers', 'answer_spans']
 
-# %% ../nbs/16_rendering.ipynb #1f9dc714
+# %% ../nbs/16_rendering.ipynb #0cb6e0b8
 import os
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 from .core import InvalidConfigError, MaskError, Registry, choices
 from .pages import shipped_text
 
-# %% ../nbs/16_rendering.ipynb #a741d4ed
+# %% ../nbs/16_rendering.ipynb #feba686b
 SHIPPED_TEMPLATES = ("alpaca", "chatml", "llama2", "phi")
 
 templates = Registry("chat template")  # Name → Jinja source
 templates.update({name: shipped_text(f"{name}.jinja") for name in SHIPPED_TEMPLATES})
 
-# %% ../nbs/16_rendering.ipynb #3e74fc92
+# %% ../nbs/16_rendering.ipynb #966bb4ef
 def chat_template(
     tokenizer,  # With or without a template of its own
     template: str | None = None,  # A name from `templates`, Jinja source, or None or "own": its own
@@ -31,7 +31,7 @@ def chat_template(
     is_source = "{" in template
     return template if is_source else templates[template]
 
-# %% ../nbs/16_rendering.ipynb #496c5d81
+# %% ../nbs/16_rendering.ipynb #583133c7
 def render(
     messages: list,  # Messages with `role` and `content`; or a list of such conversations
     tokenizer,  # Its special tokens are filled in
@@ -50,7 +50,7 @@ def render(
         enable_thinking=False,
     )
 
-# %% ../nbs/16_rendering.ipynb #fbc7ddbc
+# %% ../nbs/16_rendering.ipynb #a3430354
 LOSS_ON = ("answers", "last", "all")  # The loss counts every answer, the last answer, or all tokens
 
 
@@ -75,7 +75,7 @@ def scored_turns(
             turns.append(place)
     return turns
 
-# %% ../nbs/16_rendering.ipynb #8cf98a13
+# %% ../nbs/16_rendering.ipynb #0847939d
 END_TOKENS = (  # What known templates end a turn with, besides the EOS token
     "<|im_end|>",
     "<|eot_id|>",
@@ -106,7 +106,7 @@ def _end_of_answer(
     shared = os.path.commonprefix([through_answer, text])  # noqa: RUF071
     return _end_of_last_turn(shared, tokenizer)
 
-# %% ../nbs/16_rendering.ipynb #0b511ebf
+# %% ../nbs/16_rendering.ipynb #6d32d160
 class MarkedText(NamedTuple):
     "A rendered conversation, and what of it is scored."
 
@@ -126,7 +126,7 @@ class Answer:
     def is_last(self) -> bool:
         return self.turn == len(self.messages) - 1
 
-# %% ../nbs/16_rendering.ipynb #a0a0dc2d
+# %% ../nbs/16_rendering.ipynb #e6f4dcf3
 def _render_all(conversations: list, tokenizer, template, add_generation_prompt=False) -> list[str]:
     if not conversations:
         return []
@@ -157,7 +157,7 @@ def _span(
     is_rendered_alike = text.startswith(prompt) and end > len(prompt)
     return (len(prompt), end) if is_rendered_alike else None
 
-# %% ../nbs/16_rendering.ipynb #a3bd532d
+# %% ../nbs/16_rendering.ipynb #f67319db
 def mark_answers(
     conversations: list[list[dict]],  # Each a list of messages
     tokenizer,
@@ -188,7 +188,7 @@ def mark_answers(
             spans.append(span)
     return marked
 
-# %% ../nbs/16_rendering.ipynb #109847ad
+# %% ../nbs/16_rendering.ipynb #f82ba46f
 def answer_spans(
     messages: list[dict],  # One conversation
     tokenizer,

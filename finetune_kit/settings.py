@@ -61,6 +61,13 @@ class StrictConfig(BaseModel):
             messages = [_explain(fault, fields) for fault in faults.errors()]
             raise InvalidConfigError("; ".join(messages)) from None
 
+    def resolved(self) -> "StrictConfig":  # Settings that mean the same tomorrow
+        """Spell out what depends on today's files: "all" runs as their ids.
+
+        An experiment's settings override it, so that a run's id says what was really used.
+        """
+        return self
+
     def check(self) -> Any:  # What the check works out on the way: a `LayerPlan`, or None
         """Find what would fail before anything starts: a missing file, a layer out of range.
 

@@ -505,7 +505,8 @@ def test_a_row_of_100_000_tokens_is_left_out_not_cut(tok):
 )
 def test_masks_of_any_text(tok, said, system):
     "What is scored is what the assistant said, character by character and token by token, whatever that looks like."
-    from finetune_kit.chat import answer_spans, encode
+    from finetune_kit.chat import encode
+    from finetune_kit.rendering import answer_spans
 
     messages = [
         dict(role=("user", "assistant")[i % 2], content=t)

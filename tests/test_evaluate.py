@@ -17,7 +17,8 @@ def make_runs(folder, layers=(7, 10), n=12):
     from finetune_kit.evaluation import evaluate_model, summarize
     from finetune_kit.model import load_model
     from finetune_kit.record import start_run
-    from finetune_kit.surgery import apply_plan, save_cut
+    from finetune_kit.surgery import save_cut
+    from finetune_kit.surgery import apply_plan
 
     rows = sorted(prepare_dataset("data/domains")["test"], key=lambda r: r["id"])[:n]
     for layer in layers:
