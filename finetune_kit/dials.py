@@ -149,9 +149,9 @@ def check_run(
     if not plan.whole:
         layers_path(base)
     _check_length(cfg, base)
-    is_registered = cfg.template not in (None, "own") and "{" not in str(cfg.template)
-    if is_registered:
-        templates[cfg.template]
+    template = cfg.template
+    if template is not None and template != "own" and "{" not in template:
+        templates[template]
     resolve_source(cfg.data)
     return plan
 

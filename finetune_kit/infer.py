@@ -10,7 +10,7 @@ import contextlib
 import copy
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from .chat import end_ids
@@ -124,7 +124,7 @@ def generate(
     temperature: float = 0.0,  # As for `Request`: greedy by default
     top_p: float = 1.0,  # As for `Request`
     seed: int | None = None,  # Of the first prompt's draws; the next has seed + 1
-    stop: str | tuple[str, ...] = (),  # Answers end before the first of these
+    stop: tuple[str, ...] = (),  # Answers end before the first of these
     domain: str | None = None,  # As for `prompt_ids`
 ) -> list[str]:  # An answer for each prompt, without special tokens and outer white space
     """Answers to many prompts.
@@ -156,7 +156,7 @@ def _pieces_of(
     model,
     tokenizer,
     request: Request,
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     pieces: queue.Queue = queue.Queue()
     request.on_text = pieces.put
 
@@ -188,10 +188,10 @@ def stream(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
-    stop: str | tuple[str, ...] = (),
+    stop: tuple[str, ...] = (),
     template: str | None = None,  # As for `render`
     domain: str | None = None,  # As for `prompt_ids`
-) -> Iterator[str]:  # Pieces of text, which together are the answer
+) -> Generator[str, None, None]:  # Pieces of text, which together are the answer
     """The answer as it comes.
 
     Closing the iterator (or leaving its loop and letting it go) ends the generation at the next
@@ -214,7 +214,7 @@ class Chat:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
-        stop: str | tuple[str, ...] = (),
+        stop: tuple[str, ...] = (),
         template: str | None = None,  # As for `render`
         domain: str | None = None,  # As for `prompt_ids`
     ):

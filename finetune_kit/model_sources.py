@@ -9,6 +9,7 @@ __all__ = ['ModelSource', 'find_model']
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from finetune_kit.core import (
     InvalidConfigError,
@@ -92,7 +93,7 @@ def _domains_of(run: Run) -> tuple[str, ...]:
 def _run_source(name: str) -> ModelSource:
     run = load_run(name)
     folder = _model_folder(run)
-    cfg = SimpleNamespace(**RunConfig().model_dump() | run.info["config"])
+    cfg: Any = SimpleNamespace(**RunConfig().model_dump() | run.info["config"])
     is_control = run.info["experiment"] == "train" and run.id.startswith("control-")
     base_config = model_config(cfg.model)
     plan = drop(base_config, None) if is_control else plan_of(cfg, base_config)

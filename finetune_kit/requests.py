@@ -124,7 +124,7 @@ class Request:
     temperature: float = 0.0  # 0: the likeliest token; else logits are divided by it
     top_p: float = 1.0  # Draw among the likeliest tokens that together have this probability
     seed: int | None = None  # Of the draws, whatever else is in the batch; None: a new one
-    stop: tuple[str, ...] = ()  # The answer ends before the first of these
+    stop: tuple[str, ...] = ()  # The answer ends before the first of these; or one string
     on_text: Callable[[str], object] | None = None  # Called with each piece of text
     cancelled: bool = False
     new_ids: list[int] = field(default_factory=list)  # The answer, without the end of turn

@@ -22,7 +22,6 @@ from finetune_kit.architecture import (
     slice_config,
     type_changes,
 )
-from .rendering import chat_template
 from finetune_kit.core import (
     IncompatibleConfigError,
     ModelLoadError,
@@ -41,6 +40,7 @@ from finetune_kit.model import (
     n_layers,
 )
 from .plan import LayerPlan, drop, prune_after
+from .rendering import chat_template
 from .rows import is_hub_id
 
 # %% ../nbs/24_surgery.ipynb #14726e34

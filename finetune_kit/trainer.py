@@ -207,8 +207,10 @@ def work_on(
         task = read_job(job)
         if task.host == socket.gethostname():
             end_with_parent(task.starter)  # those of other nodes end with it by srun
+        model, tokenizer = load_job_model(job)
         result = train(
-            *load_job_model(job),
+            model,
+            tokenizer,
             task.splits._asdict(),
             task.cfg,
             on_log if is_first else None,

@@ -43,6 +43,14 @@ def papermill(out, runs, notebook="nbs/train.ipynb", /, **parameters):
     )
 
 
+def with_plain_paths(parameters):
+    "The same, with paths as text."
+    plain = {}
+    for name, value in parameters.items():
+        plain[name] = str(value) if isinstance(value, Path) else value
+    return plain
+
+
 @pytest.fixture(scope="session")
 def warm():
     "As `papermill`, on kernels forked from one process that has imported what is heavy."
@@ -53,19 +61,17 @@ def warm():
     with Kernels() as kernels:
 
         def run(out, runs, notebook="nbs/train.ipynb", /, **parameters):
-            plain = {}
-            for name, value in parameters.items():
-                plain[name] = str(value) if isinstance(value, Path) else value
+            manager = kernels.manager(FINETUNE_KIT_RUNS=str(runs))
             try:
                 pm.execute_notebook(
                     ROOT / notebook,
                     out,
-                    plain,
+                    with_plain_paths(parameters),
                     kernel_name="python3",
                     progress_bar=False,
                     start_timeout=600,
                     cwd=ROOT,
-                    kernel_manager_class=kernels.manager(FINETUNE_KIT_RUNS=str(runs)),
+                    kernel_manager_class=manager,
                 )
             except Exception as error:
                 return SimpleNamespace(returncode=1, stderr=str(error))
