@@ -157,7 +157,7 @@ def _span(
     is_rendered_alike = text.startswith(prompt) and end > len(prompt)
     return (len(prompt), end) if is_rendered_alike else None
 
-# %% ../nbs/16_rendering.ipynb #cf64c529
+# %% ../nbs/16_rendering.ipynb #f67319db
 def mark_answers(
     conversations: list[list[dict]],  # Each a list of messages
     tokenizer,
@@ -174,8 +174,8 @@ def mark_answers(
     answers = []
     for place, messages in enumerate(conversations):
         answers += [Answer(place, messages, turn) for turn in scored_turns(messages, loss_on)]
-    asked = [answer.messages[: answer.turn] for answer in answers]
-    prompts = _render_all(asked, tokenizer, template, add_generation_prompt=True)
+    questions = [answer.messages[: answer.turn] for answer in answers]
+    prompts = _render_all(questions, tokenizer, template, add_generation_prompt=True)
     earlier = [answer for answer in answers if not answer.is_last]
     beginnings = [answer.messages[: answer.turn + 1] for answer in earlier]
     through = dict(zip(earlier, _render_all(beginnings, tokenizer, template), strict=True))

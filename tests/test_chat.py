@@ -176,3 +176,30 @@ def test_labels_equal_unsloth_s_train_on_responses_only(tokenizer, held_out_rows
     assert lines, result.stderr[-2000:]
     theirs = json.loads(lines[0].removeprefix("LABELS "))
     assert theirs == [row["labels"] for row in encoded]
+
+
+def test_the_gate_reads_the_vocabulary_once(tokenizer, held_out_rows, monkeypatch):
+    "Reading 150,000 tokens takes long; once for each row is too often."
+    from finetune_kit.chat import check_masks, encode_rows
+
+    encoded = encode_rows(held_out_rows, tokenizer)
+    calls = []
+    read_vocabulary = tokenizer.get_vocab
+
+    def counting():
+        calls.append(1)
+        return read_vocabulary()
+
+    monkeypatch.setattr(tokenizer, "get_vocab", counting)
+    assert check_masks(encoded, tokenizer)["checked"] == len(encoded)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", ["alpaca", "chatml", "llama2", "phi"])
+def test_the_prompt_of_a_shipped_template_is_a_prefix_of_its_text(name, tokenizer):
+    from finetune_kit.rendering import render
+
+    messages = [SYSTEM, *FIRST_TURN, *SECOND_TURN]
+    for place in (2, 4):
+        prompt = render(messages[:place], tokenizer, name, add_generation_prompt=True)
+        assert render(messages, tokenizer, name).startswith(prompt)
