@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['install']
 
-# %% ../nbs/06_colab.ipynb #15837d3a
+# %% ../nbs/06_colab.ipynb #a2969874
 import os
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-# %% ../nbs/06_colab.ipynb #287201db
+# %% ../nbs/06_colab.ipynb #5c78ec0d
 def _has_gpu() -> bool:
     listing = subprocess.run("nvidia-smi -L", shell=True, capture_output=True)
     return listing.returncode == 0
@@ -23,7 +23,7 @@ def _is_installed() -> bool:
     except PackageNotFoundError:
         return False
 
-# %% ../nbs/06_colab.ipynb #8164f09e
+# %% ../nbs/06_colab.ipynb #182d114c
 def install(
     folder: str,  # The checkout: "/content/finetune-kit"
 ):

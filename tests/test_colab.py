@@ -107,7 +107,7 @@ def test_on_colab_without_a_gpu(monkeypatch, tmp_path, capsys):
 def test_what_goes_wrong_is_shown(monkeypatch, tmp_path):
     with pytest.raises(AssertionError, match="no such thing"):
         ran(monkeypatch, tmp_path, fails="git clone")
-    with pytest.raises(RuntimeError, match="pip install.*no such thing"):
+    with pytest.raises(RuntimeError, match=r"pip install.*no such thing"):
         ran(monkeypatch, tmp_path, fails="pip install")
 
 
