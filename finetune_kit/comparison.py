@@ -15,7 +15,7 @@ import pandas as pd
 
 from .core import InvalidConfigError, choices
 from .record import Run
-from .scores import ANSWER_METRICS, difference
+from .scores import ANSWER_METRICS, difference, item_differences
 
 # %% ../nbs/59_comparison.ipynb #6e416e2a
 STATE_ORDER = ("healed", "tuned", "control", "cut", "base")  # Which state speaks for a run
@@ -101,17 +101,13 @@ def paired(
     nothing = dict(mean=None, lo=None, hi=None, p=None, n_items=0)
     if name not in a or name not in b:
         return nothing
-    measured_in_b = b.dropna(subset=name).id
-    a = a[a.id.isin(measured_in_b)].dropna(subset=name)
+    a = a[a.id.isin(b.id)]
     b = b.set_index("id").loc[a.id].reset_index()
-    if a.empty:
+    gaps = item_differences(a, b, name).difference
+    if gaps.empty:
         return nothing
-    if name == "nll":
-        gaps = a.nll.to_numpy(float) / a.n_tokens - b.nll.to_numpy(float) / b.n_tokens.to_numpy()
-    else:
-        gaps = a[name].astype(float) - b[name].to_numpy(float)
     p = _p_value(gaps, is_likelihood=name == "nll")
-    return difference(a, b, name) | dict(p=p, n_items=len(a))
+    return difference(a, b, name) | dict(p=p, n_items=len(gaps))
 
 # %% ../nbs/59_comparison.ipynb #31c5f207
 def paired_table(

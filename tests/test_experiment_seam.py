@@ -4,6 +4,7 @@ import json
 
 import nbformat
 import pytest
+from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_notebook
 
 IMPORTS = """\
@@ -115,6 +116,31 @@ def test_a_copy_of_an_experiment_takes_a_dial_more(warm, tmp_path):
     (record,) = records(runs)
     assert record["config"]["warmth"] == 2.0
     assert record["dropped"] == [3]
+
+
+METRIC = """\
+@metric("same_length")
+def same_length(prediction, reference):
+    "Whether an answer has as many characters as the reference."
+    return len(prediction) == len(reference)"""
+
+
+@pytest.mark.slow
+def test_a_metric_of_ones_own_goes_through_train(warm, tmp_path):
+    "Registered in a copy of the notebook: it is in the record, the report and the verdict."
+    notebook = nbformat.read(ROOT / "nbs/train.ipynb", 4)
+    cells = [new_code_cell("from finetune_kit.metrics import metric"), new_code_cell(METRIC)]
+    notebook.cells = cells + notebook.cells
+    nbformat.write(notebook, tmp_path / "train.ipynb")
+    dials = dict(metrics="same_length", max_steps=2, eval_items=6, eval_every=0, max_new_tokens=4)
+    result = warm(tmp_path / "o.ipynb", tmp_path / "runs", tmp_path / "train.ipynb", **dials)
+    assert result.returncode == 0, result.stderr[-3000:]
+    record = next(r for r in records(tmp_path / "runs") if r["id"].startswith("train"))
+    for state in ("base", "control", "cut", "healed"):
+        assert 0 <= record["metrics"][state]["same_length"] <= 1
+    assert set(record["metrics"]["healed_minus_cut"]) == {"nll", "same_length"}
+    page = (tmp_path / "runs" / record["id"] / "report.html").read_text()
+    assert "same length" in page.partition("Verdict")[2]
 
 
 # From here on what a sweep makes of it: finetune_kit.sweep_plan
