@@ -97,7 +97,6 @@ class Record:
         self.info |= changes
         text = json.dumps(self.info, indent=1, ensure_ascii=False, default=str)
         write_atomic(self.folder / "run.json", text)
-        return self
 
     def log(self, **line):
         "Add a line to `metrics.jsonl`."
