@@ -9,7 +9,7 @@ __all__ = ['HIGHEST_NLL', 'Question', 'conversation_questions', 'text_questions'
 # %% ../nbs/34_evaluation.ipynb #00301d02
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from .logs import log, quiet
 from .metrics import metrics
 from .scores import ANSWER_METRICS, bootstrap, scores
 
-# %% ../nbs/34_evaluation.ipynb #19ba98a5
+# %% ../nbs/34_evaluation.ipynb #6f9e9ef7
 @dataclass(frozen=True)
 class Question:
     "What is asked for one row, and what is expected."
@@ -69,7 +69,7 @@ def text_questions(
         questions.append(Question(place, beginning, beginning, rest))
     return questions
 
-# %% ../nbs/34_evaluation.ipynb #7bfaaa33
+# %% ../nbs/34_evaluation.ipynb #ce6c4fb4
 def add_answers(
     items: pd.DataFrame,  # Changed in place: gets `question`, `reference`, `answer`
     questions: list[Question],  # For some of the items
@@ -87,7 +87,7 @@ def evaluate_model(
     tokenizer,  # Its tokenizer
     encoded: list[dict],  # Rows as from `encode_rows`
     template: str | None = None,  # As for `render`
-    names: tuple = ANSWER_METRICS,  # Metrics of the generated answers
+    names: Sequence[str] = ANSWER_METRICS,  # Metrics of the generated answers
     batch_size: int = 32,  # Rows at a time
     max_new_tokens: int = 64,  # Longest generated answer, in tokens
     n_texts: int = 10,  # As for `text_questions`
@@ -133,7 +133,7 @@ def evaluate_model(
             items.loc[places, name] = scores_of_answers
     return items
 
-# %% ../nbs/34_evaluation.ipynb #24f27166
+# %% ../nbs/34_evaluation.ipynb #cf445fd8
 HIGHEST_NLL = 700.0  # exp of more is no longer a number
 
 
@@ -146,7 +146,7 @@ def perplexity_of(
 # %% ../nbs/34_evaluation.ipynb #0ed02525
 def summarize(
     items: pd.DataFrame,  # As from `evaluate_model`
-    names: tuple = ANSWER_METRICS,  # Metrics to include
+    names: Sequence[str] = ANSWER_METRICS,  # Metrics to include
 ) -> dict:  # `nll`, `perplexity`, `n_tokens`, `n_items`, the metrics; `intervals`: [lo, hi] of each
     "An evaluation in a few numbers; None for a metric of which no answer was measured."
     nll = bootstrap(items.nll, items.n_tokens)
@@ -170,7 +170,7 @@ def summarize(
             intervals[name] = [share["lo"], share["hi"]]
     return summary | dict(intervals=intervals)
 
-# %% ../nbs/34_evaluation.ipynb #0047ed8c
+# %% ../nbs/34_evaluation.ipynb #ccb319a1
 @dataclass(frozen=True)
 class Benchmarks:
     "Tasks of lm-evaluation-harness."
@@ -218,7 +218,7 @@ def find_tasks(
         tasks |= dict.fromkeys(matching_tasks)
     return Benchmarks(manager, list(tasks))
 
-# %% ../nbs/34_evaluation.ipynb #42977a6f
+# %% ../nbs/34_evaluation.ipynb #bf60aace
 def benchmark_items(
     samples: dict[str, list[dict]],  # Task → its samples, as from lm-evaluation-harness
 ) -> pd.DataFrame:  # A line an item: `id` ("task/place"), a column for each task and metric

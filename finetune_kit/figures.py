@@ -8,6 +8,8 @@ __all__ = ['STATES', 'STATE_WORDS', 'INK', 'PALE_INK', 'ALARM', 'STYLE', 'STATE_
            'draw_technique_panel', 'plot_techniques']
 
 # %% ../nbs/50_figures.ipynb #0efb8db3
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 
@@ -43,7 +45,7 @@ def set_style():
 
     sns.set_theme("notebook", "whitegrid", "colorblind", rc=STYLE)
 
-# %% ../nbs/50_figures.ipynb #cd5d10c2
+# %% ../nbs/50_figures.ipynb #0efca9c7
 def plain_text(
     text: object,  # A name, as a user wrote it
 ) -> str:
@@ -82,7 +84,7 @@ def plot_losses(
     ax.legend(ncols=2, loc="upper right")
     return fig
 
-# %% ../nbs/50_figures.ipynb #beda6ec4
+# %% ../nbs/50_figures.ipynb #bd0a6168
 # Metric → label of its axis
 STATE_METRICS = dict(
     nll="NLL (nats per token), lower is better",
@@ -111,7 +113,9 @@ def draw_states(
 # %% ../nbs/50_figures.ipynb #f10950e1
 def plot_states(
     summaries: dict[str, dict],  # State → its summary, as from `summarize`
-    names: dict[str, str] = STATE_METRICS,  # Metric → label; those that all states have are drawn
+    names: Mapping[
+        str, str
+    ] = STATE_METRICS,  # Metric → label; those that all states have are drawn
 ):  # matplotlib figure
     "Each state of the model with its 95% interval."
     import matplotlib.pyplot as plt
@@ -183,7 +187,7 @@ def plot_lengths(
     ax.set(xlabel="tokens a row", ylabel="% of the split")
     return fig
 
-# %% ../nbs/50_figures.ipynb #95fb0f37
+# %% ../nbs/50_figures.ipynb #88a67ed9
 def draw_technique_panel(
     ax,  # matplotlib axes
     measured: pd.Series,  # In percent

@@ -17,10 +17,10 @@ from typing import Any
 from .chat import end_ids
 from .core import InvalidConfigError
 from .logs import quiet
-from .model import merge_lora
+from .model import is_quantized, merge_lora
 from .requests import Request, check_room, context, prompt_ids
 
-# %% ../nbs/31_infer.ipynb #a435037e
+# %% ../nbs/31_infer.ipynb #3fb82869
 def left_padded(
     prompts: list[list[int]],  # Token ids
     pad_id: int,  # Any id will do: the mask hides it
@@ -35,7 +35,7 @@ def left_padded(
     mask = [[0] * n + [1] * len(ids) for n, ids in zip(padding, prompts, strict=True)]
     return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
 
-# %% ../nbs/31_infer.ipynb #ba446fed
+# %% ../nbs/31_infer.ipynb #561ced61
 def draw_hook(
     requests: list[Request],  # One for each row of the batch
 ) -> Callable:  # A logits processor: takes ids and logits (batch, vocabulary), returns the logits
@@ -71,7 +71,7 @@ def take_hook(
 
     return finished_rows
 
-# %% ../nbs/31_infer.ipynb #2e6c1fc3
+# %% ../nbs/31_infer.ipynb #9395a5ea
 def generation_settings(
     model,  # Causal language model
     max_new_tokens: int,  # Of the longest answer
@@ -92,7 +92,7 @@ def generation_settings(
     )
     return settings
 
-# %% ../nbs/31_infer.ipynb #091c0600
+# %% ../nbs/31_infer.ipynb #0b974ef3
 def outgrows_context(
     model,  # Causal language model
     requests: list[Request],  # A batch
@@ -175,7 +175,7 @@ def generate(
             progress(min(start + batch_size, len(by_length)))
     return [request.text.strip() for request in requests]
 
-# %% ../nbs/31_infer.ipynb #91504a5f
+# %% ../nbs/31_infer.ipynb #28640f07
 def answer_pieces(
     model,  # Causal language model in eval mode
     tokenizer,  # Its tokenizer
@@ -318,6 +318,5 @@ def merge_where_exact(
     if not hasattr(model, "get_base_model"):
         return model
     base = model.get_base_model()
-    quantized = getattr(base, "is_quantized", False)
     in_fp32 = all(weights.dtype == torch.float32 for weights in base.parameters())
-    return merge_lora(model) if in_fp32 and not quantized else model
+    return merge_lora(model) if in_fp32 and not is_quantized(base) else model

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .chat import render
 from .core import InvalidConfigError
+from .rendering import render
 from .variants import tag_domain
 
-# %% ../nbs/30_requests.ipynb #fc3b5373
+# %% ../nbs/30_requests.ipynb #38db4354
 def conversation_text(
     tokenizer,  # Its template is the one that was trained with
     messages: list[dict],  # Turns; the last is the user's
@@ -111,7 +111,7 @@ def settled(
                 n_held_back = n
     return len(text) - n_held_back
 
-# %% ../nbs/30_requests.ipynb #e4c30a58
+# %% ../nbs/30_requests.ipynb #f59d3c87
 def first_stop(
     text: str,  # Decoded so far
     stop: tuple[str, ...],  # Stop strings
@@ -120,7 +120,7 @@ def first_stop(
     places = [text.find(string) for string in stop]
     return min((place for place in places if place >= 0), default=None)
 
-# %% ../nbs/30_requests.ipynb #dca5b28a
+# %% ../nbs/30_requests.ipynb #5a7495d2
 def draw_token(
     logits,  # Tensor (vocabulary,)
     temperature: float,  # Above 0; logits are divided by it
@@ -138,7 +138,7 @@ def draw_token(
     place = torch.multinomial(p * (before < top_p), 1, generator=generator)
     return order[place].item()
 
-# %% ../nbs/30_requests.ipynb #d1344421
+# %% ../nbs/30_requests.ipynb #bea0dc06
 def check_sampling(
     max_new_tokens: int,  # 1 or more
     temperature: float,  # 0 to 10
@@ -212,7 +212,7 @@ class Request:
             read_answer(self, tokenizer)
         return self.reason is not None
 
-# %% ../nbs/30_requests.ipynb #535da4a2
+# %% ../nbs/30_requests.ipynb #f0a62775
 def seeded_generator(
     seed: int | None,  # None: a random one
 ):  # torch's generator, on the CPU

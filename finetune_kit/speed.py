@@ -63,8 +63,8 @@ def peak_mib(
     call: Callable[[], object],  # Called once
 ) -> float:  # MiB; NaN where the device keeps no count
     "The weights, and the most that is held beside them during a call, as from `peak_memory`."
-    _, extra_bytes = peak_memory(call, model.device.type)
-    return (weights_bytes(model) + extra_bytes) / 2**20
+    beside_weights = peak_memory(call, model.device.type)
+    return (weights_bytes(model) + beside_weights.size) / 2**20
 
 # %% ../nbs/35_speed.ipynb #eb867b31
 def longest_answer_mib(
