@@ -1,10 +1,11 @@
 """
-Seams: what a newcomer adds from a notebook of their own, in one place, without touching the package.
+Seams: what a newcomer adds from their own notebook, in one place, without touching the package.
 
 Each test registers something, uses it wherever the kit takes it by name, and takes it out again.
 """
 
 import pytest
+
 from finetune_kit.chat import encode_rows
 from finetune_kit.core import InvalidConfigError, MetricComputationError
 from finetune_kit.evaluation import evaluate_model, summarize
