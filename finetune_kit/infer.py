@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['left_padded', 'draw_hook', 'take_hook', 'generation_settings', 'outgrows_context', 'complete', 'generate',
-           'answer_pieces', 'stream', 'Chat', 'merge_where_exact']
+           'answer_pieces', 'stream', 'fitting_turns', 'Chat', 'merge_where_exact']
 
 # %% ../nbs/31_infer.ipynb #742960d3
 import contextlib
@@ -20,7 +20,7 @@ from .logs import quiet
 from .model import is_quantized, merge_lora
 from .requests import Request, check_room, context, prompt_ids
 
-# %% ../nbs/31_infer.ipynb #3fb82869
+# %% ../nbs/31_infer.ipynb #a435037e
 def left_padded(
     prompts: list[list[int]],  # Token ids
     pad_id: int,  # Any id will do: the mask hides it
@@ -35,7 +35,7 @@ def left_padded(
     mask = [[0] * n + [1] * len(ids) for n, ids in zip(padding, prompts, strict=True)]
     return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
 
-# %% ../nbs/31_infer.ipynb #561ced61
+# %% ../nbs/31_infer.ipynb #ba446fed
 def draw_hook(
     requests: list[Request],  # One for each row of the batch
 ) -> Callable:  # A logits processor: takes ids and logits (batch, vocabulary), returns the logits
@@ -71,7 +71,7 @@ def take_hook(
 
     return finished_rows
 
-# %% ../nbs/31_infer.ipynb #9395a5ea
+# %% ../nbs/31_infer.ipynb #2e6c1fc3
 def generation_settings(
     model,  # Causal language model
     max_new_tokens: int,  # Of the longest answer
@@ -92,7 +92,7 @@ def generation_settings(
     )
     return settings
 
-# %% ../nbs/31_infer.ipynb #0b974ef3
+# %% ../nbs/31_infer.ipynb #091c0600
 def outgrows_context(
     model,  # Causal language model
     requests: list[Request],  # A batch
@@ -175,7 +175,7 @@ def generate(
             progress(min(start + batch_size, len(by_length)))
     return [request.text.strip() for request in requests]
 
-# %% ../nbs/31_infer.ipynb #28640f07
+# %% ../nbs/31_infer.ipynb #91504a5f
 def answer_pieces(
     model,  # Causal language model in eval mode
     tokenizer,  # Its tokenizer
@@ -229,6 +229,18 @@ def stream(
     check_room(ids, context(model))
     return answer_pieces(model, tokenizer, request)
 
+# %% ../nbs/31_infer.ipynb #d4e26e69
+def fitting_turns(
+    history: list[dict],  # Turns of both sides
+    count_tokens: Callable[[list[dict]], int],  # Tokens of the prompt with these turns
+    budget: int,  # Tokens that the prompt may have
+) -> list[dict]:  # The end of `history`, from a user's turn on; empty: not even the last pair fits
+    "As many of the latest turns as fit."
+    for place, turn in enumerate(history):
+        if turn["role"] == "user" and count_tokens(history[place:]) <= budget:
+            return history[place:]
+    return []
+
 # %% ../nbs/31_infer.ipynb #01811bd2
 class Chat:
     "A conversation with a model. An answer that fails or is broken off leaves no trace in it."
@@ -266,16 +278,16 @@ class Chat:
         question = dict(role="user", content=text)
         room = context(self.model)
         budget = room - min(self.max_new_tokens, room // 2)
-        users = [place for place, turn in enumerate(self.history) if turn["role"] == "user"]
-        for n_forgotten in [*users, len(self.history)]:
-            turns = [*self.system, *self.history[n_forgotten:], question]
-            ids = prompt_ids(self.tokenizer, turns, self.template, self.domain)
-            if len(ids) <= budget:
-                break
-        else:  # not even the question alone: then it may use the answer's half
-            check_room(ids, room)
-        self.forgotten = n_forgotten
-        return turns
+
+        def ids_with(turns):
+            prompt = [*self.system, *turns, question]
+            return prompt_ids(self.tokenizer, prompt, self.template, self.domain)
+
+        turns = fitting_turns(self.history, lambda turns: len(ids_with(turns)), budget)
+        if not turns:  # the question alone may use the answer's half
+            check_room(ids_with([]), room)
+        self.forgotten = len(self.history) - len(turns)
+        return [*self.system, *turns, question]
 
     def stream(
         self,
