@@ -26,6 +26,7 @@ from finetune_kit.loop import (
     batch_loss,
     check_loss,
     count_scored,
+    count_tokens,
     rows_by_step,
     validates,
     validation_loss,
@@ -254,6 +255,10 @@ class TrainingLog:
         if self.cfg.patience and "val_loss" in line and validations_since_best(self.lines) == 0:
             self.best.keep(model)
         return line
+
+    def tokens(self) -> int:
+        "Real tokens that were read so far."
+        return sum(count_tokens(rows) for rows in self.steps[: len(self.lines)])
 
     def should_stop(self) -> bool:
         "Whether the last `patience` validations were no better than one before them."
