@@ -1,5 +1,5 @@
 # finetune_kit: `make report` and `make test` set up what they need on a machine with Python 3.11+ and make.
-.PHONY: setup report test test-all docs readme lab
+.PHONY: setup report test test-all lint typecheck outputs docs readme lab
 .ONESHELL:
 .SHELLFLAGS := -ec
 
@@ -10,8 +10,10 @@ ini = $(shell $(PYTHON) -c "from configparser import ConfigParser as C; c = C(de
 
 setup: .venv/.ready
 
-# rfc3987-syntax compiles a grammar whenever nbformat is imported, for addresses that no notebook has: it takes longer than papermill's other imports together, and jsonschema does without.
-# With a GPU the ordinary unsloth; without one its parts, since pip's resolver would pull CUDA packages (see CONTRIBUTING.md)
+# rfc3987-syntax compiles a grammar whenever nbformat is imported, for addresses that no notebook
+# has: it takes longer than papermill's other imports together, and jsonschema does without.
+# With a GPU the ordinary unsloth; without one its parts, since pip's resolver would pull CUDA
+# packages (see CONTRIBUTING.md).
 .venv/.ready: settings.ini setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; PYTHON=$(PYTHON) is $$($(PYTHON) --version)"; exit 1; }
 	test -x $(BIN)/python || { echo "[1/4] a virtual environment in .venv"; $(PYTHON) -m venv .venv; }
@@ -32,14 +34,27 @@ report: setup ## the main job: layer 7 of the embedded base taken out, healed, a
 # One thread a process: with as many workers as cores, more would fight over them
 TEST := export OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH";
 
-test: setup ## the asserts beside each export, then what crosses a process
-	@$(TEST) nbdev_test --n_workers 2 --do_print
+test: setup ## the notebooks' asserts and kept outputs, then what crosses a process; the slow ones: make test-all
+	@$(TEST) echo "[1/2] notebooks: every cell runs, every assert holds, every kept output is what its cell gives"
+	python tests/notebooks.py --n_workers 2 --do_print
+	echo "[2/2] tests/: papermill runs, real weights and data, pages in a browser (the slow ones: make test-all)"
 	python -m pytest tests -q -m "not slow and not gpu" --durations 8 -n 2 --dist loadfile
 
 test-all: setup ## the slow ones and, with a GPU, its tests too
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[harness,trackers]"
-	$(TEST) nbdev_test --n_workers 2 --do_print --flags "slow$(if $(GPU), gpu)"
+	$(TEST) python tests/notebooks.py --n_workers 2 --do_print --flags "slow$(if $(GPU), gpu)"
 	python -m pytest tests -q --durations 8
+
+lint: setup ## layout and likely faults, in notebooks, tests and benchmarks
+	@$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+typecheck: setup ## the package as nbdev exports it
+	@$(BIN)/mypy
+
+outputs: setup ## run the notebooks and keep what their cells give
+	@$(TEST) python tests/notebooks.py --write --n_workers 2 --do_print
+	nbdev_clean
 
 readme: setup ## README.md from nbs/index.ipynb
 	@$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed -E 's#\]\((images/|guide/|results\.)#](nbs/\1#g' > README.md

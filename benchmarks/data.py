@@ -1,45 +1,105 @@
-"""Load, render, encode and mask against TRL's own preparation, and memory while a large file streams: OMP_NUM_THREADS=1 python benchmarks/data.py > benchmarks/data.md
+"""Load, render, encode and mask against TRL's preparation, and memory while a large file streams.
 
-The same generated rows, alternating runs in one process; CPU time beside wall time, since other work on the machine lengthens only the latter."""
+    OMP_NUM_THREADS=1 python benchmarks/data.py [ROWS [RUNS [GIGABYTES]]] > benchmarks/data.md
 
-import contextlib, io, json, platform, random, statistics, sys, tempfile, time
+The same generated rows, alternating runs in one process. CPU time stands beside wall time, since
+other work on the machine lengthens only the latter.
+"""
+
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import platform
+import random
+import statistics
+import tempfile
+import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import datasets, torch, transformers, trl
+import datasets
+import torch
+import transformers
+import trl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_kit.chat import check_masks, encode_rows, stream_encoded
 from finetune_kit.core import ROOT
 from finetune_kit.rows import load_rows, stream_rows
 
-ROWS, RUNS, GIGABYTES = (int(a) for a in (sys.argv[1:] + ["50000", "3", "1"][len(sys.argv) - 1 :]))
-WORDS = "apple boat book bread chair cloud coat corn cup desk dog door drum duck farm fish flag foot fork frog gate gold hand hat hill horse house".split()
+# fmt: off
+WORDS = [
+    "apple", "boat", "book", "bread", "chair", "cloud", "coat", "corn", "cup", "desk", "dog",
+    "door", "drum", "duck", "farm", "fish", "flag", "foot", "fork", "frog", "gate", "gold", "hand",
+    "hat", "hill", "horse", "house",
+]
+# fmt: on
+LONGEST = 100_000  # tokens: no row is left out
+ENCODED_ROWS = 20_000  # of the large file
+
+
+# The rows
+
+
+def sentence(rng, n):
+    "At most `n` words, at least half as many."
+    return " ".join(rng.choices(WORDS, k=rng.randint(n // 2, n)))
 
 
 def conversation(rng, i):
-    say = lambda n: " ".join(rng.choices(WORDS, k=rng.randint(n // 2, n)))
-    turns = [
-        m
-        for _ in range(rng.choice([1, 1, 2]))
-        for m in (
-            dict(role="user", content=f"{say(20)}?"),
-            dict(role="assistant", content=f"{say(40)}."),
-        )
+    "Messages of one or two turns; the number makes each conversation different."
+    messages = []
+    for _ in range(rng.choice([1, 1, 2])):
+        messages.append(dict(role="user", content=f"{sentence(rng, 20)}?"))
+        messages.append(dict(role="assistant", content=f"{sentence(rng, 40)}."))
+    if i % 3 == 0:
+        return [dict(role="system", content=f"You are assistant {i}."), *messages]
+    messages[0]["content"] = f"{i}: {messages[0]['content']}"
+    return messages
+
+
+def long_conversation(rng, i):
+    "One turn with an answer of 700 words."
+    question = " ".join(rng.choices(WORDS, k=20))
+    answer = " ".join(rng.choices(WORDS, k=50))
+    return [
+        dict(role="user", content=f"{i}: {question}?"),
+        dict(role="assistant", content=f"{answer}. " * 14),
     ]
-    return (
-        [dict(role="system", content=f"You are assistant {i}."), *turns]
-        if i % 3 == 0
-        else [dict(turns[0], content=f"{i}: {turns[0]['content']}"), *turns[1:]]
-    )
 
 
-def ours(path, tok):
-    encoded = encode_rows(load_rows(path), tok, max_length=100_000)
-    check_masks(encoded, tok)
-    return [e["labels"] for e in encoded]
+def json_line(messages):
+    return json.dumps(dict(messages=messages)) + "\n"
 
 
-def theirs(path, tok, model, folder):
+def write_rows(path, rng, n_rows):
+    "A file of so many conversations."
+    with open(path, "w") as file:
+        file.writelines(json_line(conversation(rng, i)) for i in range(n_rows))
+
+
+def write_large(path, rng, n_bytes):
+    "A file of at least so many bytes."
+    written = 0
+    with open(path, "w") as file:
+        while written < n_bytes:
+            written += file.write(json_line(long_conversation(rng, written)))
+
+
+# From file to labels
+
+
+def prepare_by_kit(path, tokenizer):
+    "Labels of each row."
+    encoded = encode_rows(load_rows(path), tokenizer, max_length=LONGEST)
+    check_masks(encoded, tokenizer)
+    return [row["labels"] for row in encoded]
+
+
+def prepare_by_trl(path, tokenizer, model, folder):
+    "A data set with `labels`, as the trainer would train on it."
     data = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(folder))
     args = trl.SFTConfig(
         output_dir=str(folder),
@@ -50,109 +110,149 @@ def theirs(path, tok, model, folder):
         report_to="none",
         disable_tqdm=True,
     )
-    return trl.SFTTrainer(model, args, train_dataset=data, processing_class=tok).train_dataset
+    trainer = trl.SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer)
+    return trainer.train_dataset
 
 
-def timed(f):
-    wall, cpu = time.perf_counter(), time.process_time()
-    out = f()
-    return out, time.perf_counter() - wall, time.process_time() - cpu
+class Timed(NamedTuple):
+    "What a call returned, and its seconds."
+
+    result: Any
+    wall: float
+    cpu: float
 
 
-def rss():
+def timed(call, *args):
+    wall = time.perf_counter()
+    cpu = time.process_time()
+    result = call(*args)
+    return Timed(result, time.perf_counter() - wall, time.process_time() - cpu)
+
+
+class Preparation(NamedTuple):
+    "Alternating runs of both, and whether they agree."
+
+    kit: list[Timed]
+    trl: list[Timed]
+    n_tokens: int
+    is_equal: bool  # the labels of the first run
+
+
+def compare_preparations(path, folder, runs):
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny-base")
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "data/tiny-base")
+    kit_runs = []
+    trl_runs = []
+    for n in range(runs):
+        kit_run = timed(prepare_by_kit, path, tokenizer)
+        with contextlib.redirect_stdout(io.StringIO()):
+            trl_run = timed(prepare_by_trl, path, tokenizer, model, folder / str(n))
+        if n == 0:
+            labels = kit_run.result
+            is_equal = labels == [list(row) for row in trl_run.result["labels"]]
+            n_tokens = sum(len(row) for row in labels)
+        # The rows are not needed again: only the times stay in memory
+        kit_runs.append(kit_run._replace(result=None))
+        trl_runs.append(trl_run._replace(result=None))
+    return Preparation(kit_runs, trl_runs, n_tokens, is_equal)
+
+
+def report_preparations(preparation, n_rows):
+    runs = len(preparation.kit)
+    wall = statistics.median(run.wall for run in preparation.kit)
+    cpu = statistics.median(run.cpu for run in preparation.kit)
+    trl_wall = statistics.median(run.wall for run in preparation.trl)
+    trl_cpu = statistics.median(run.cpu for run in preparation.trl)
+    return f"""# Data, from file to labels
+
+{n_rows:,} generated conversations ({preparation.n_tokens:,} tokens) in a JSONL file; \
+median of {runs} alternating run(s) in one process, {torch.get_num_threads()} thread(s); \
+{platform.machine()}, trl {trl.__version__}, datasets {datasets.__version__}, \
+transformers {transformers.__version__}. \
+Ours: `load_rows` (duplicates found), `encode_rows`, `check_masks`. \
+TRL's: `load_dataset`, `SFTTrainer(assistant_only_loss=True)`. \
+The labels of both are {"equal" if preparation.is_equal else "**not equal**"}. \
+Written by `benchmarks/data.py`.
+
+| | rows/s, by CPU time | rows/s, by wall time |
+|:--|--:|--:|
+| finetune_kit | {n_rows / cpu:,.0f} | {n_rows / wall:,.0f} |
+| TRL's preparation | {n_rows / trl_cpu:,.0f} | {n_rows / trl_wall:,.0f} |
+| **faster by** | **{trl_cpu / cpu:.2f}x** | **{trl_wall / wall:.2f}x** |
+"""
+
+
+# Memory while a file streams
+
+
+def resident_mib():
+    "The memory of this process that is in RAM."
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) / 1024
+    raise OSError("/proc/self/status has no VmRSS; this benchmark needs Linux")
+
+
+class Streamed(NamedTuple):
+    n_rows: int
+    before: float  # resident memory, in MiB
+    largest: float
+    seconds: float
+
+
+def measure_stream(rows, every):
+    "Go through the rows; look at the memory every so many rows."
+    before = resident_mib()
+    largest = before
+    n_rows = 0
+    start = time.perf_counter()
+    for _ in rows:
+        n_rows += 1
+        if n_rows % every == 0:
+            largest = max(largest, resident_mib())
+    return Streamed(n_rows, before, largest, time.perf_counter() - start)
+
+
+def report_stream(label, streamed):
     return (
-        int(
-            next(
-                o
-                for o in Path("/proc/self/status").read_text().splitlines()
-                if o.startswith("VmRSS")
-            ).split()[1]
-        )
-        / 1024
+        f"| {label} | {streamed.n_rows:,} | {streamed.before:,.0f} | {streamed.largest:,.0f} "
+        f"| {streamed.seconds:.0f} |"
     )
 
 
-def streamed(path, tok):
-    "RSS in MiB before, and the largest while the file streams: read, then read and encoded (its first 20,000 rows)."
-    found = []
-    for what, rows, every in (
-        ("read", stream_rows(path), 5000),
-        (
-            "read and encoded",
-            stream_encoded(
-                (r for _, r in zip(range(20_000), stream_rows(path))), tok, max_length=100_000
-            ),
-            1000,
-        ),
-    ):
-        before, top, n, start = rss(), 0, 0, time.perf_counter()
-        for n, _ in enumerate(rows, 1):
-            if n % every == 0:
-                top = max(top, rss())
-        found.append((what, n, before, top, time.perf_counter() - start))
-    return found
+def measure_large_file(path):
+    "Print a line as soon as it is measured: each takes minutes."
+    print(f"A JSONL file of {path.stat().st_size / 1e9:.2f} GB, ", end="")
+    print("streamed (`stream_rows`, `stream_encoded`):\n")
+    print("| | rows | RSS before, MiB | largest RSS, MiB | s |\n|:--|--:|--:|--:|--:|")
+    streamed = measure_stream(stream_rows(path), every=5000)
+    print(report_stream("read", streamed), flush=True)
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny-base")
+    first_rows = itertools.islice(stream_rows(path), ENCODED_ROWS)
+    encoded = stream_encoded(first_rows, tokenizer, max_length=LONGEST)
+    print(report_stream("read and encoded", measure_stream(encoded, every=1000)), flush=True)
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rows", type=int, nargs="?", default=50_000, help="conversations")
+    parser.add_argument("runs", type=int, nargs="?", default=3, help="alternating runs")
+    parser.add_argument("gigabytes", type=float, nargs="?", default=1, help="of the large file")
+    args = parser.parse_args()
     datasets.disable_progress_bars()
     datasets.disable_caching()
     transformers.logging.set_verbosity_error()
-    tok, model, rng = (
-        AutoTokenizer.from_pretrained(ROOT / "data/tiny-base"),
-        AutoModelForCausalLM.from_pretrained(ROOT / "data/tiny-base"),
-        random.Random(0),
-    )
-    with tempfile.TemporaryDirectory() as d:
-        path = Path(d) / "rows.jsonl"
-        with open(path, "w") as f:
-            f.writelines(
-                json.dumps(dict(messages=conversation(rng, i))) + "\n" for i in range(ROWS)
-            )
-        times, same, tokens = [], True, 0
-        for i in range(RUNS):
-            labels, *a = timed(lambda: ours(path, tok))
-            with contextlib.redirect_stdout(io.StringIO()):
-                data, *b = timed(lambda: theirs(path, tok, model, Path(d) / str(i)))
-            if not i:
-                same, tokens = labels == [list(l) for l in data["labels"]], sum(map(len, labels))
-            times.append((*a, *b))
-        wall, cpu, wall_trl, cpu_trl = (statistics.median(t) for t in zip(*times))
-        print(
-            f"# Data, from file to labels\n\n{ROWS:,} generated conversations ({tokens:,} tokens) in a JSONL file; median of {RUNS} alternating run(s) in one process, {torch.get_num_threads()} thread(s); {platform.machine()}, "
-            f"trl {trl.__version__}, datasets {datasets.__version__}, transformers {transformers.__version__}. Ours: `load_rows` (duplicates found), `encode_rows`, `check_masks`. TRL's: `load_dataset`, `SFTTrainer(assistant_only_loss=True)`. "
-            f"The labels of both are {'equal' if same else '**not equal**'}. Written by `benchmarks/data.py`.\n"
-        )
-        print(
-            f"| | rows/s, by CPU time | rows/s, by wall time |\n|:--|--:|--:|\n| finetune_kit | {ROWS / cpu:,.0f} | {ROWS / wall:,.0f} |\n| TRL's preparation | {ROWS / cpu_trl:,.0f} | {ROWS / wall_trl:,.0f} |\n"
-            f"| **faster by** | **{cpu_trl / cpu:.2f}x** | **{wall_trl / wall:.2f}x** |\n",
-            flush=True,
-        )
-        path.unlink()
-        with open(path, "w") as f:
-            n = 0
-            while n < GIGABYTES * 10**9:
-                n += f.write(
-                    json.dumps(
-                        dict(
-                            messages=[
-                                dict(
-                                    role="user",
-                                    content=f"{n}: {' '.join(rng.choices(WORDS, k=20))}?",
-                                ),
-                                dict(
-                                    role="assistant",
-                                    content=(" ".join(rng.choices(WORDS, k=50)) + ". ") * 14,
-                                ),
-                            ]
-                        )
-                    )
-                    + "\n"
-                )
-        print(
-            f"A JSONL file of {path.stat().st_size / 1e9:.2f} GB, streamed (`stream_rows`, `stream_encoded`):\n\n| | rows | RSS before, MiB | largest RSS, MiB | s |\n|:--|--:|--:|--:|--:|"
-        )
-        for what, n, before, top, s in streamed(path, tok):
-            print(f"| {what} | {n:,} | {before:,.0f} | {top:,.0f} | {s:.0f} |", flush=True)
+    rng = random.Random(0)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path = folder / "rows.jsonl"
+        write_rows(path, rng, args.rows)
+        preparation = compare_preparations(path, folder, args.runs)
+        print(report_preparations(preparation, args.rows), flush=True)
+        write_large(path, rng, args.gigabytes * 10**9)
+        measure_large_file(path)
 
 
-main()
+if __name__ == "__main__":
+    main()

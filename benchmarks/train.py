@@ -1,9 +1,23 @@
-"""Tokens a second of training, against the defaults of TRL and of unsloth: OMP_NUM_THREADS=1 python benchmarks/train.py [ROWS.jsonl] > benchmarks/train.md
+"""Tokens a second of training, against the defaults of TRL and of unsloth.
 
-Same model, adapters, rows in the same order, learning rate and steps; real tokens only, and the held-out loss beside them. unsloth patches what it touches, so that each pair runs in a process of its own, alternating.
-Machines stall: of each step, the fastest of several runs counts, and a training's time is the sum of its steps (without the first, which warms up)."""
+    OMP_NUM_THREADS=1 python benchmarks/train.py [ROWS.jsonl] > benchmarks/train.md
 
-import json, os, platform, random, statistics, subprocess, sys, tempfile, time
+Same model, adapters, rows in the same order, learning rate and steps; real tokens only, and the
+held-out loss beside them. unsloth patches what it touches, so that each pair runs in a process of
+its own, alternating. Machines stall: of each step, the fastest of several runs counts, and a
+training's time is the sum of its steps (without the first, which warms up).
+"""
+
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
 from pathlib import Path
 
 WHO = dict(
@@ -13,53 +27,79 @@ WHO = dict(
     unsloth="unsloth, default settings",
 )
 PAIRS = dict(transformers=("trl", "kit"), unsloth=("unsloth", "kit_unsloth"))
-SEEDS, STEPS, RUNS = (
-    int(os.environ.get(k, usual)) for k, usual in dict(SEEDS=3, STEPS=30, RUNS=3).items()
-)
+SEEDS = int(os.environ.get("SEEDS", 3))
+STEPS = int(os.environ.get("STEPS", 30))
+RUNS = int(os.environ.get("RUNS", 3))
 BATCH, LR, RANK, LONGEST = 8, 1e-3, 16, 512  # 8 is TRL's default batch
+WALL, CPU = 0, 1  # places of the two clocks in a mark
+INTRO = """# Training, in real tokens a second
+
+data/tiny-base with LoRA r = {rank}, {steps} steps of {batch} rows, {data}: {mean:.0f} tokens a \
+row, the longest {longest}; {threads} CPU thread(s), {machine}, torch {torch}, transformers \
+{transformers}, trl {trl}; each step the fastest of {runs} alternating runs, {seeds} seed(s). \
+Written by `benchmarks/train.py`.
+
+| | tokens/s, by wall time | tokens/s, by CPU time | held-out NLL, by seed |
+|:--|--:|--:|:--|"""
 
 
-def ragged(tokenizer, source=None):
-    "Rows of a file, or of the embedded domains with each row's question made longer by others': lengths as uneven as GSM8K's."
+def lengthen(rows):
+    "Questions made longer by others', in place: lengths as uneven as GSM8K's."
+    rng = random.Random(0)
+    for split in rows.values():
+        messages = [row["messages"] for row in split if "messages" in row]
+        questions = [turns[0]["content"] for turns in messages]
+        for turns in messages:
+            more = rng.sample(questions, min(12, int(rng.expovariate(0.25))))
+            turns[0]["content"] += " " + " ".join(more)
+
+
+def encoded_splits(tokenizer, source=None):
+    "Rows of a file, or of the embedded domains, made longer."
     from finetune_kit.chat import encode_rows
     from finetune_kit.data import prepare_dataset
 
-    splits, rng = prepare_dataset(source or "data/domains"), random.Random(0)
-    for rows in () if source else splits.values():
-        asked = [r["messages"][0]["content"] for r in rows if "messages" in r]
-        for r in rows:
-            if "messages" in r:
-                r["messages"][0]["content"] += " " + " ".join(
-                    rng.sample(asked, min(12, int(rng.expovariate(0.25))))
-                )
-    return {
-        s: encode_rows(rows, tokenizer, None if not source else "alpaca", LONGEST)
-        for s, rows in splits.items()
-    }
+    splits = prepare_dataset(source or "data/domains")
+    if not source:
+        lengthen(splits)
+    template = "alpaca" if source else None
+    return {name: encode_rows(rows, tokenizer, template, LONGEST) for name, rows in splits.items()}
 
 
-def stock(model, tokenizer, train, seed, order, backend, tick):
-    "What the libraries' own pages show: `SFTTrainer` on a data set, nothing turned."
-    import datasets, transformers, trl
+def ordered_trainer(order, with_plain_loss):
+    "TRL's trainer, with rows in a given order, so that losses can be compared."
+    import transformers
+    import trl
 
-    class Ordered(
-        trl.SFTTrainer
-    ):  # the same rows in the same order, so that losses can be compared
+    class Ordered(trl.SFTTrainer):
         def _get_train_sampler(self, *args):
             return order
 
-        if backend == "trl":
-            compute_loss = (
-                transformers.Trainer.compute_loss
-            )  # without Triton, TRL's fused head has no CPU path
+    if with_plain_loss:  # without Triton, TRL's fused head has no path on a CPU
+        Ordered.compute_loss = transformers.Trainer.compute_loss
+    return Ordered
+
+
+def each_step(tick):
+    import transformers
 
     class Tick(transformers.TrainerCallback):
         def on_step_end(self, *args, **kwargs):
             tick()
 
-    with tempfile.TemporaryDirectory() as d:
+    return Tick()
+
+
+def train_stock(model, tokenizer, rows, seed, order, who, tick):
+    "What the libraries' own pages show: `SFTTrainer` on a data set, nothing turned."
+    import datasets
+    import trl
+
+    columns = [dict(input_ids=row["input_ids"], labels=row["labels"]) for row in rows]
+    trainer = ordered_trainer(order, with_plain_loss=who == "trl")
+    with tempfile.TemporaryDirectory() as folder:
         args = trl.SFTConfig(
-            output_dir=d,
+            output_dir=folder,
             max_steps=STEPS,
             learning_rate=LR,
             warmup_steps=5,
@@ -72,138 +112,163 @@ def stock(model, tokenizer, train, seed, order, backend, tick):
             max_length=None,
             dataset_kwargs=dict(skip_prepare_dataset=True),
         )
-        Ordered(
+        trainer(
             model=model,
             args=args,
             processing_class=tokenizer,
-            train_dataset=datasets.Dataset.from_list(
-                [dict(input_ids=e["input_ids"], labels=e["labels"]) for e in train]
-            ),
-            callbacks=[Tick()],
+            train_dataset=datasets.Dataset.from_list(columns),
+            callbacks=[each_step(tick)],
         ).train()
 
 
-def pair(backend, source):
-    "Lines of results: a training by each of a pair, for each seed and run."
-    from finetune_kit.model import add_lora, load_model
-    from finetune_kit.training import TrainConfig, row_order
-    from finetune_kit.loop import validation_loss
+def kit_config(seed):
+    from finetune_kit.training import TrainConfig
+
+    return TrainConfig(
+        max_steps=STEPS,
+        batch_size=BATCH,
+        lr=LR,
+        lora_r=RANK,
+        warmup_steps=5,
+        eval_every=0,
+        seed=seed,
+        save_every=0,
+    )
+
+
+def train_one(who, seed, model, tokenizer, rows):
+    "One training: the model, marks of both clocks after each step, and the tokens of each step."
+    from finetune_kit.loop import row_order, rows_by_step
+    from finetune_kit.model import add_lora
     from finetune_kit.trainer import train
 
+    cfg, marks = kit_config(seed), []
+
+    def tick(*_):
+        marks.append((time.perf_counter(), time.process_time()))
+
+    model = add_lora(model, RANK, seed=seed)
+    if who.startswith("kit"):
+        train(model, tokenizer, rows, cfg, on_log=tick)
+    else:
+        train_stock(model, tokenizer, rows, seed, row_order(len(rows), cfg), who, tick)
+    tokens = [sum(len(row["input_ids"]) for row in step) for step in rows_by_step(rows, cfg)]
+    return model, marks, tokens
+
+
+def train_pair(backend, source):
+    "Prints lines of results: a training by each of a pair, for each seed and run."
+    from finetune_kit.loop import validation_loss
+    from finetune_kit.model import load_model
+
     splits = None
-    for seed in range(SEEDS):
-        for run in range(RUNS):
-            for who in PAIRS[backend]:
-                model, tokenizer = load_model("data/tiny-base", backend=backend, device="cpu")
-                splits = splits or ragged(tokenizer, source)
-                cfg = TrainConfig(
-                    max_steps=STEPS,
-                    batch_size=BATCH,
-                    lr=LR,
-                    lora_r=RANK,
-                    warmup_steps=5,
-                    eval_every=0,
-                    seed=seed,
-                    save_every=0,
-                )
-                order, marks = row_order(len(splits["train"]), cfg), []
-                model, tick = (
-                    add_lora(model, RANK, seed=seed),
-                    lambda *_: marks.append((time.perf_counter(), time.process_time())),
-                )
-                if who.startswith("kit"):
-                    train(model, tokenizer, splits["train"], cfg, on_log=tick)
-                else:
-                    stock(model, tokenizer, splits["train"], seed, order, who, tick)
-                steps = [
-                    sum(
-                        len(splits["train"][i]["input_ids"])
-                        for i in order[s * BATCH : (s + 1) * BATCH]
-                    )
-                    for s in range(STEPS)
-                ]
-                print(
-                    "RESULT",
-                    json.dumps(
-                        dict(
-                            who=who,
-                            seed=seed,
-                            run=run,
-                            marks=marks,
-                            tokens=steps,
-                            longest=max(len(e["input_ids"]) for e in splits["train"]),
-                            loss=validation_loss(model, splits["validation"][:200])
-                            if run == 0
-                            else None,
-                        )
-                    ),
-                    flush=True,
-                )
+    turns = [(s, r, who) for s in range(SEEDS) for r in range(RUNS) for who in PAIRS[backend]]
+    for seed, run, who in turns:
+        model, tokenizer = load_model("data/tiny-base", backend=backend, device="cpu")
+        splits = splits or encoded_splits(tokenizer, source)
+        rows = splits["train"]
+        model, marks, tokens = train_one(who, seed, model, tokenizer, rows)
+        result = dict(
+            who=who,
+            seed=seed,
+            run=run,
+            marks=marks,
+            tokens=tokens,
+            longest=max(len(row["input_ids"]) for row in rows),
+            loss=validation_loss(model, splits["validation"][:200]) if run == 0 else None,
+        )
+        print("RESULT", json.dumps(result), flush=True)
 
 
-def seconds(found, clock):
+def seconds(results, clock):
     "Of one who and seed: the fastest of the runs at each step, summed, on one of the clocks."
-    return sum(
-        min(b[clock] - a[clock] for a, b in step)
-        for step in zip(*(list(zip(f["marks"], f["marks"][1:])) for f in found))
+    total = 0
+    for step in zip(*(pairwise(result["marks"]) for result in results), strict=True):
+        total += min(end[clock] - start[clock] for start, end in step)
+    return total
+
+
+def read_results(backend, source):
+    "The results that a process of its own prints, one by one."
+    command = [sys.executable, __file__, "--pair", backend, source or ""]
+    root = Path(__file__).parents[1]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as process:
+        for line in process.stdout:
+            if line.startswith("RESULT "):
+                yield json.loads(line.removeprefix("RESULT "))
+    if process.returncode:
+        sys.exit(f"{backend}: exit code {process.returncode}")
+
+
+def measure(source):
+    "{(who, seed): the results of its runs}."
+    results = {}
+    for backend in PAIRS:
+        for result in read_results(backend, source):
+            results.setdefault((result["who"], result["seed"]), []).append(result)
+            told = {name: result[name] for name in ("who", "seed", "run", "loss")}
+            print(told, seconds([result], CPU), file=sys.stderr, flush=True)
+    return results
+
+
+def print_intro(results, source):
+    import torch
+    import transformers
+    import trl
+
+    first = results["kit", 0][0]
+    tokens = sum(sum(results["kit", seed][0]["tokens"]) for seed in range(SEEDS))
+    ragged = "ragged rows (embedded domains, questions made longer)"
+    intro = INTRO.format(
+        rank=RANK,
+        steps=STEPS,
+        batch=BATCH,
+        data=f"rows of {Path(source).name}" if source else ragged,
+        mean=tokens / SEEDS / STEPS / BATCH,
+        longest=first["longest"],
+        threads=torch.get_num_threads(),
+        machine=platform.machine(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        trl=trl.__version__,
+        runs=RUNS,
+        seeds=SEEDS,
     )
+    print(intro)
+
+
+def speed(results, who, clock):
+    "Tokens a second, the median of the seeds."
+    of_seed = []
+    for seed in range(SEEDS):
+        runs = results[who, seed]
+        of_seed.append(sum(runs[0]["tokens"][1:]) / seconds(runs, clock))
+    return statistics.median(of_seed)
+
+
+def print_factors(results, mine, other):
+    wall, cpu = (speed(results, mine, c) / speed(results, other, c) for c in (WALL, CPU))
+    by_seed = []
+    for seed in range(SEEDS):
+        factor = seconds(results[other, seed], CPU) / seconds(results[mine, seed], CPU)
+        by_seed.append(f"{factor:.2f}")
+    factors = f"{wall:.2f}x by wall time, {cpu:.2f}x by CPU time"
+    print(f"\n{WHO[mine]} against {WHO[other]}: {factors} (seed by seed: {', '.join(by_seed)}).")
 
 
 def main(source):
-    import torch, transformers, trl
-
-    found = []
-    for backend in PAIRS:
-        with subprocess.Popen(
-            [sys.executable, __file__, "--pair", backend, source or ""],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parents[1],
-        ) as done:
-            for line in done.stdout:
-                if not line.startswith("RESULT "):
-                    continue
-                found.append(json.loads(line[7:]))
-                print(
-                    {k: found[-1][k] for k in ("who", "seed", "run", "loss")},
-                    seconds(found[-1:], 1),
-                    file=sys.stderr,
-                    flush=True,
-                )
-        if done.returncode:
-            sys.exit(f"{backend}: exit code {done.returncode}")
-    tokens = sum(sum(f["tokens"]) for f in found if f["who"] == "kit" and f["run"] == 0)
-    print(
-        f"# Training, in real tokens a second\n\ndata/tiny-base with LoRA r = {RANK}, {STEPS} steps of {BATCH} rows, {'rows of ' + Path(source).name if source else 'ragged rows (embedded domains, questions made longer)'}: {tokens / SEEDS / STEPS / BATCH:.0f} tokens a row, the longest {found[0]['longest']}; "
-        f"{torch.get_num_threads()} CPU thread(s), {platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}; each step the fastest of {RUNS} alternating runs, {SEEDS} seed(s). Written by `benchmarks/train.py`.\n"
-    )
-    print(
-        "| | tokens/s, by wall time | tokens/s, by CPU time | held-out NLL, by seed |\n|:--|--:|--:|:--|"
-    )
-    speed = {}
+    results = measure(source)
+    print_intro(results, source)
     for who, name in WHO.items():
-        mine = [
-            [f for f in found if f["who"] == who and f["seed"] == seed] for seed in range(SEEDS)
-        ]
-        speed[who] = [
-            statistics.median(sum(m[0]["tokens"][1:]) / seconds(m, clock) for m in mine)
-            for clock in (0, 1)
-        ]
-        print(
-            f"| {name} | {speed[who][0]:,.0f} | {speed[who][1]:,.0f} | {', '.join(str(round(m[0]['loss'], 4)) for m in mine)} |"
-        )
-    for mine, other in (("kit", "trl"), ("kit_unsloth", "unsloth")):
-        by_seed = [
-            seconds([f for f in found if f["who"] == other and f["seed"] == s], 1)
-            / seconds([f for f in found if f["who"] == mine and f["seed"] == s], 1)
-            for s in range(SEEDS)
-        ]
-        print(
-            f"\n{WHO[mine]} against {WHO[other]}: {speed[mine][0] / speed[other][0]:.2f}x by wall time, {speed[mine][1] / speed[other][1]:.2f}x by CPU time (seed by seed: {', '.join(f'{r:.2f}' for r in by_seed)})."
-        )
+        wall, cpu = (speed(results, who, clock) for clock in (WALL, CPU))
+        losses = [str(round(results[who, seed][0]["loss"], 4)) for seed in range(SEEDS)]
+        print(f"| {name} | {wall:,.0f} | {cpu:,.0f} | {', '.join(losses)} |")
+    print_factors(results, "kit", "trl")
+    print_factors(results, "kit_unsloth", "unsloth")
 
 
-if sys.argv[1:2] == ["--pair"]:
-    pair(sys.argv[2], sys.argv[3] or None)
-else:
-    main(str(Path(sys.argv[1]).resolve()) if sys.argv[1:] else None)
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--pair"]:
+        train_pair(sys.argv[2], sys.argv[3] or None)
+    else:
+        main(str(Path(sys.argv[1]).resolve()) if sys.argv[1:] else None)

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/94_cli.ipynb #492e8bc5
+# %% ../nbs/94_cli.ipynb #63a26dd0
 import sys
 
+from . import cli_data, cli_runs, cli_use  # noqa: F401 - they add their commands
 from .core import FineTuneError
 from .terminal import app, pair_values
 
-# %% ../nbs/94_cli.ipynb #0cb81f9b
+# %% ../nbs/94_cli.ipynb #6c98c908
 def main():
-    "The command `finetune-kit`; an error of the kit, or of a file, is one line and exit code 1."
+    "The command `finetune-kit`. An error of the kit, or of a file, is one line and exit code 1."
     try:
         app(pair_values(sys.argv[1:]))
-    except (FineTuneError, OSError) as e:
-        print(f"{type(e).__name__}: {e}", file=sys.stderr)
+    except (FineTuneError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)

@@ -10,12 +10,63 @@ import contextlib
 import copy
 import queue
 import threading
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 from .chat import end_ids
 from .core import InvalidConfigError
 from .logs import quiet
-from .model import merge_lora
+from .model import is_quantized, merge_lora
 from .requests import Request, check_room, context, prompt_ids
+
+# %% ../nbs/31_infer.ipynb #31a00001
+def _padded(requests, pad, device):
+    "The prompts as `input_ids` and `attention_mask`, each (requests, longest prompt)."
+    import torch
+
+    longest = max(len(r.ids) for r in requests)
+    missing = [longest - len(r.ids) for r in requests]
+    ids = [[pad] * n + r.ids for n, r in zip(missing, requests, strict=True)]
+    mask = [[0] * n + [1] * len(r.ids) for n, r in zip(missing, requests, strict=True)]
+    return dict(
+        input_ids=torch.tensor(ids, device=device),
+        attention_mask=torch.tensor(mask, device=device),
+    )
+
+# %% ../nbs/31_infer.ipynb #31a00003
+def _drawing(requests):
+    "A logits processor: for requests with a temperature only the token that they draw is left."
+
+    def draw(ids, logits):
+        for row, request in enumerate(requests):
+            if request.temperature and not request.reason:
+                token = request.draw(logits[row])
+                logits[row] = -float("inf")
+                logits[row, token] = 0.0
+        return logits
+
+    return draw
+
+# %% ../nbs/31_infer.ipynb #31a00004
+def _taking(requests, tokenizer, ends):
+    "A stopping criterion: hands each request its token, and asks whether it is complete."
+    import torch
+
+    def done(ids, logits, **_):
+        newest = ids[:, -1].tolist()
+        complete = [r.take(t, tokenizer, ends) for r, t in zip(requests, newest, strict=True)]
+        return torch.tensor(complete, device=ids.device)
+
+    return done
+
+# %% ../nbs/31_infer.ipynb #31a00006
+def _must_be_apart(model, requests) -> bool:
+    if len(requests) == 1:
+        return False
+    config = model.config.get_text_config()
+    longest = max(len(r.ids) for r in requests) + max(r.max_new_tokens for r in requests)
+    rotary = getattr(config, "rope_parameters", None) is not None
+    return longest > context(model) and not rotary
 
 # %% ../nbs/31_infer.ipynb #423fe2b3
 def complete(
@@ -23,47 +74,23 @@ def complete(
     tokenizer,  # Its tokenizer
     requests: list[Request],  # One batch; their answers are filled in
 ) -> list[Request]:  # `requests`
-    "Answer all requests at once. A prompt that leaves no room in the model's context raises `InvalidConfigError` before anything runs."
+    """Answer all requests at once.
+
+    A prompt that leaves no room in the model's context raises `InvalidConfigError` before anything
+    runs."""
     import torch
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
-    room, ends, pad = context(model), end_ids(tokenizer), tokenizer.pad_token_id or 0
-    for r in requests:
-        check_room(r.ids, room)
-    for r in requests:
-        r.max_new_tokens = min(r.max_new_tokens, room - len(r.ids))
-    longest = max(len(r.ids) for r in requests)
-    if (
-        len(requests) > 1
-        and longest + max(r.max_new_tokens for r in requests) > room
-        and getattr(model.config.get_text_config(), "rope_parameters", None) is None
-    ):
-        for r in requests:
-            complete(
-                model, tokenizer, [r]
-            )  # a batch goes on until its longest answer ends, and learned positions end with the context
+    room = context(model)
+    for request in requests:
+        check_room(request.ids, room)
+    for request in requests:
+        request.max_new_tokens = min(request.max_new_tokens, room - len(request.ids))
+    if _must_be_apart(model, requests):
+        for request in requests:
+            complete(model, tokenizer, [request])
         return requests
-    rows = torch.tensor(
-        [[pad] * (longest - len(r.ids)) + r.ids for r in requests], device=model.device
-    )
-    mask = torch.tensor(
-        [[0] * (longest - len(r.ids)) + [1] * len(r.ids) for r in requests], device=model.device
-    )
-
-    def draw(ids, logits):
-        for i, r in enumerate(requests):
-            if r.temperature and not r.reason:
-                token = r.draw(logits[i])
-                logits[i] = -torch.inf
-                logits[i, token] = 0.0
-        return logits
-
-    def done(ids, logits, **_):
-        return torch.tensor(
-            [r.take(t, tokenizer, ends) for r, t in zip(requests, ids[:, -1].tolist())],
-            device=ids.device,
-        )
-
+    ends, pad = end_ids(tokenizer), tokenizer.pad_token_id or 0
     settings = copy.deepcopy(model.generation_config)
     settings.update(
         do_sample=False,
@@ -75,14 +102,13 @@ def complete(
         eos_token_id=sorted(ends),
         pad_token_id=pad,
     )
-    processors = LogitsProcessorList([draw] if any(r.temperature for r in requests) else [])
+    drawn = any(r.temperature for r in requests)
     with torch.no_grad():
         model.generate(
-            input_ids=rows,
-            attention_mask=mask,
+            **_padded(requests, pad, model.device),
             generation_config=settings,
-            logits_processor=processors,
-            stopping_criteria=StoppingCriteriaList([done]),
+            logits_processor=LogitsProcessorList([_drawing(requests)] if drawn else []),
+            stopping_criteria=StoppingCriteriaList([_taking(requests, tokenizer, ends)]),
         )
     return requests
 
@@ -90,102 +116,111 @@ def complete(
 def generate(
     model,  # Causal language model in eval mode
     tokenizer,  # Its tokenizer
-    prompts: list,  # Each a list of messages that ends with the user's turn, or plain text to go on from
+    prompts: list,  # Each messages that end with the user's turn, or plain text to go on from
     max_new_tokens: int = 64,  # Longest answer, in tokens
     batch_size: int = 32,  # Prompts at a time
     template: str | None = None,  # As for `render`
-    progress=None,  # Called with the number of prompts done
-    temperature: float = 0.0,
-    top_p: float = 1.0,  # As for `Request`: greedy by default
+    progress: Callable[[int], object] | None = None,  # Called with the number of prompts done
+    temperature: float = 0.0,  # As for `Request`: greedy by default
+    top_p: float = 1.0,  # As for `Request`
     seed: int | None = None,  # Of the first prompt's draws; the next has seed + 1
     stop: tuple[str, ...] = (),  # Answers end before the first of these
     domain: str | None = None,  # As for `prompt_ids`
 ) -> list[str]:  # An answer for each prompt, without special tokens and outer white space
-    "Answers to many prompts. A prompt that leaves no room in the model's context raises `InvalidConfigError`."
+    """Answers to many prompts.
+
+    `InvalidConfigError` for a prompt that leaves no room in the model's context."""
     if batch_size < 1:
         raise InvalidConfigError(f"batch_size={batch_size} is less than 1")
-    ids = [prompt_ids(tokenizer, p, template, domain) for p in prompts]
-    if ids:
-        check_room(max(ids, key=len), context(model))
+    asked = [prompt_ids(tokenizer, p, template, domain) for p in prompts]
+    if asked:
+        check_room(max(asked, key=len), context(model))
+    seeds = [None if seed is None else seed + n for n in range(len(asked))]
     requests = [
-        Request(p, max_new_tokens, temperature, top_p, None if seed is None else seed + n, stop)
-        for n, p in enumerate(ids)
+        Request(ids, max_new_tokens, temperature, top_p, own_seed, stop)
+        for ids, own_seed in zip(asked, seeds, strict=True)
     ]
-    order = sorted(requests, key=lambda r: -len(r.ids))
-    for start in range(0, len(order), batch_size):
+    by_length = sorted(requests, key=lambda r: -len(r.ids))
+    for start in range(0, len(by_length), batch_size):
         with quiet():
-            complete(model, tokenizer, order[start : start + batch_size])
+            complete(model, tokenizer, by_length[start : start + batch_size])
         if progress:
-            progress(min(start + batch_size, len(order)))
+            progress(min(start + batch_size, len(by_length)))
     return [r.text.strip() for r in requests]
 
-# %% ../nbs/31_infer.ipynb #6568f425
-def stream(
+# %% ../nbs/31_infer.ipynb #31a00014
+_END = object()  # After the last piece
+
+
+def _pieces_of(
     model,
-    tokenizer,  # As for `generate`
-    prompt,  # Messages, or plain text to go on from
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int | None = None,
-    stop: tuple[str, ...] = (),  # As for `Request`
-    template: str | None = None,
-    domain: str | None = None,  # As for `prompt_ids`
-):  # Yields pieces of text, which together are the answer
-    "The answer as it comes. Closing the iterator (or leaving its loop and letting it go) ends the generation at the next token."
-    pieces, end = queue.Queue(), object()
-    r = Request(
-        prompt_ids(tokenizer, prompt, template, domain),
-        max_new_tokens,
-        temperature,
-        top_p,
-        seed,
-        stop,
-        on_text=pieces.put,
-    )
-    check_room(r.ids, context(model))
+    tokenizer,
+    request: Request,
+) -> Generator[str, None, None]:
+    pieces: queue.Queue = queue.Queue()
+    request.on_text = pieces.put
 
     def work():
         try:
-            complete(model, tokenizer, [r])
+            complete(model, tokenizer, [request])
         except BaseException as e:
             pieces.put(e)
         finally:
-            pieces.put(end)
+            pieces.put(_END)
 
-    def read():
-        worker = threading.Thread(target=work, daemon=True)
-        worker.start()
-        try:
-            while (piece := pieces.get()) is not end:
-                if isinstance(piece, BaseException):
-                    raise piece
-                yield piece
-        finally:
-            r.cancelled = True
-            worker.join()
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    try:
+        for piece in iter(pieces.get, _END):
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+    finally:
+        request.cancelled = True
+        worker.join()
 
-    return read()
+# %% ../nbs/31_infer.ipynb #6568f425
+def stream(
+    model,  # As for `generate`
+    tokenizer,
+    prompt: str | list,  # Messages, or plain text to go on from
+    max_new_tokens: int = 64,  # As for `Request`, and what follows
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stop: tuple[str, ...] = (),
+    template: str | None = None,  # As for `render`
+    domain: str | None = None,  # As for `prompt_ids`
+) -> Generator[str, None, None]:  # Pieces of text, which together are the answer
+    """The answer as it comes.
+
+    Closing the iterator (or leaving its loop and letting it go) ends the generation at the next
+    token. Bad input raises `InvalidConfigError` here, before the first piece is asked for."""
+    ids = prompt_ids(tokenizer, prompt, template, domain)
+    request = Request(ids, max_new_tokens, temperature, top_p, seed, stop)
+    check_room(ids, context(model))
+    return _pieces_of(model, tokenizer, request)
 
 # %% ../nbs/31_infer.ipynb #01811bd2
 class Chat:
-    "A conversation with a model. An answer that fails or is broken off leaves the history as it was."
+    "A conversation. An answer that fails or is broken off leaves the history as it was."
 
     def __init__(
         self,
-        model,
-        tokenizer,  # As for `generate`
+        model,  # As for `generate`
+        tokenizer,
         system: str | None = None,  # What the model is told before the first question
-        max_new_tokens: int = 256,
+        max_new_tokens: int = 256,  # As for `Request`, and what follows
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
-        stop: tuple[str, ...] = (),  # As for `Request`
-        template: str | None = None,
+        stop: tuple[str, ...] = (),
+        template: str | None = None,  # As for `render`
         domain: str | None = None,  # As for `prompt_ids`
     ):
-        self.model, self.tokenizer, self.template, self.domain = model, tokenizer, template, domain
-        self.settings = dict(
+        self.model, self.tokenizer = model, tokenizer
+        self.template, self.domain = template, domain
+        self.settings: dict[str, Any] = dict(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -193,23 +228,22 @@ class Chat:
             stop=stop,
         )
         self.system = [dict(role="system", content=system)] if system else []
-        self.history = []  # Turns said, both sides
+        self.history: list[dict] = []  # Turns said, both sides
         self.forgotten = 0  # Turns of the history that the last question went without
 
     def messages(
         self,
         text: str,  # The question
-    ) -> list[
-        dict
-    ]:  # Turns that fit, with room for the answer (at most half the context is kept for it)
-        "What the model will read. `InvalidConfigError` where the system prompt and the question alone are too long."
+    ) -> list[dict]:  # The turns that fit, with room for the answer
+        """What the model will read. At most half of the context is kept for the answer.
+
+        `InvalidConfigError` where the system prompt and the question alone are too long."""
         room = context(self.model)
         budget = room - min(self.settings["max_new_tokens"], room // 2)
-        starts = [i for i, m in enumerate(self.history) if m["role"] == "user"] + [
-            len(self.history)
-        ]
-        for start in starts:
-            turns = [*self.system, *self.history[start:], dict(role="user", content=text)]
+        question = dict(role="user", content=text)
+        starts = [n for n, turn in enumerate(self.history) if turn["role"] == "user"]
+        for start in [*starts, len(self.history)]:
+            turns = [*self.system, *self.history[start:], question]
             ids = prompt_ids(self.tokenizer, turns, self.template, self.domain)
             if len(ids) <= budget:
                 break
@@ -221,19 +255,18 @@ class Chat:
     def stream(
         self,
         text: str,  # The question
-    ):  # Yields pieces of the answer
+    ) -> Iterator[str]:  # Pieces of the answer
         "Ask, and read the answer as it comes."
         turns, said = self.messages(text), ""
-        with contextlib.closing(
-            stream(
-                self.model,
-                self.tokenizer,
-                turns,
-                **self.settings,
-                template=self.template,
-                domain=self.domain,
-            )
-        ) as pieces:
+        asked = stream(
+            self.model,
+            self.tokenizer,
+            turns,
+            **self.settings,
+            template=self.template,
+            domain=self.domain,
+        )
+        with contextlib.closing(asked) as pieces:
             for piece in pieces:
                 said += piece
                 yield piece
@@ -251,14 +284,12 @@ class Chat:
 # %% ../nbs/31_infer.ipynb #a8afabca
 def merge_where_exact(
     model,  # A model, with or without LoRA
-):  # The plain model with the adapters folded in (in place), or `model` itself where that would round
+):  # The plain model with the adapters folded in (in place), or `model` where that would round
     "Fold LoRA into fp32 weights; leave anything else as it is."
     import torch
 
     if not hasattr(model, "get_base_model"):
         return model
     base = model.get_base_model()
-    exact = not getattr(base, "is_quantized", False) and all(
-        p.dtype == torch.float32 for p in base.parameters()
-    )
-    return merge_lora(model) if exact else model
+    in_fp32 = all(p.dtype == torch.float32 for p in base.parameters())
+    return merge_lora(model) if in_fp32 and not is_quantized(base) else model

@@ -15,72 +15,83 @@ from .model import n_layers
 # %% ../nbs/22_plan.ipynb #1aeaee57
 @dataclass(frozen=True)
 class LayerPlan:
-    "Which layers of a model stay. `InvalidConfigError` where nothing stays, an index is out of range, stands twice or out of order."
+    """
+    Which layers of a model stay.
+
+    Raises `InvalidConfigError` if no layer stays, or an index is out of range, double or unordered.
+    """
 
     n_layers: int  # Layers of the whole model
     keep: tuple[int, ...]  # Indices that stay, counted from 0, rising
 
     def __post_init__(self):
-        object.__setattr__(self, "keep", tuple(map(operator.index, self.keep)))
-        if not self.keep:
-            raise InvalidConfigError(
-                f"the plan keeps none of {self.n_layers} layers; at least one must stay"
-            )
-        if bad := [i for i in self.keep if not 0 <= i < self.n_layers]:
-            raise InvalidConfigError(
-                f"layer {bad[0]} not in 0..{self.n_layers - 1} ({self.n_layers} layers)"
-            )
-        if list(self.keep) != sorted(set(self.keep)):
-            raise InvalidConfigError(
-                f"keep {list(self.keep)}: each layer once, in rising order; a plan takes layers out, it does not move them"
-            )
+        object.__setattr__(self, "keep", tuple(operator.index(i) for i in self.keep))
+        _check_keep(self.n_layers, self.keep)
 
     @property
-    def dropped(self) -> list[int]:  # Sorted, each in 0..n_layers-1
-        "The layers that go."
+    def dropped(self) -> list[int]:  # Rising, each in 0..n_layers-1
+        "The layers that are taken out."
         return [i for i in range(self.n_layers) if i not in self.keep]
 
     @property
-    def ranges(
-        self,
-    ) -> list[list[int]]:  # Runs of layers that stay, each [first, one past the last]
-        "What mergekit calls `layer_range` and PEFT `layer_replication`: without 7 of 12, [[0, 7], [8, 12]]."
+    def ranges(self) -> list[list[int]]:  # Each [first, one past the last]
+        "The runs of layers that stay: mergekit's `layer_range`, PEFT's `layer_replication`."
         starts = [i for i in self.keep if i - 1 not in self.keep]
         ends = [i + 1 for i in self.keep if i + 1 not in self.keep]
-        return [list(r) for r in zip(starts, ends)]
+        return [[start, end] for start, end in zip(starts, ends, strict=True)]
 
     @property
     def whole(self) -> bool:
-        "Whether nothing goes."
+        "Whether every layer stays."
         return len(self.keep) == self.n_layers
 
     def __str__(self):
-        return f"{len(self.keep)} of {self.n_layers} layers" + (
-            "" if self.whole else f", without {', '.join(map(str, self.dropped))}"
+        text = f"{len(self.keep)} of {self.n_layers} layers"
+        if self.whole:
+            return text
+        return f"{text}, without {', '.join(str(i) for i in self.dropped)}"
+
+# %% ../nbs/22_plan.ipynb #c62aa3aa
+def _check_keep(n_layers, keep):
+    if not keep:
+        raise InvalidConfigError(
+            f"the plan keeps none of {n_layers} layers; at least one must stay"
+        )
+    out_of_range = [i for i in keep if not 0 <= i < n_layers]
+    if out_of_range:
+        raise InvalidConfigError(
+            f"layer {out_of_range[0]} not in 0..{n_layers - 1} ({n_layers} layers)"
+        )
+    if list(keep) != sorted(set(keep)):
+        raise InvalidConfigError(
+            f"keep {list(keep)}: name each layer once, in rising order; "
+            "a plan takes layers out, it does not move them"
         )
 
-# %% ../nbs/22_plan.ipynb #2337a7ae
+# %% ../nbs/22_plan.ipynb #41ac5073
 def drop(
     model_or_n,  # A model, its configuration, or its number of layers
-    spec: int
-    | str
-    | list
-    | None,  # Layers to take out, as `parse_layers` reads them; None for none
+    spec: int | str | list | None,  # Layers to take out, as `parse_layers` reads it; None: none
 ) -> LayerPlan:
     "The plan without the layers in `spec`."
-    n = n_layers(model_or_n)
-    gone = parse_layers(spec, n)
-    return LayerPlan(n, [i for i in range(n) if i not in gone])
+    total = n_layers(model_or_n)
+    dropped = parse_layers(spec, total)
+    return LayerPlan(total, tuple(i for i in range(total) if i not in dropped))
 
 # %% ../nbs/22_plan.ipynb #fd33edf3
 def prune_after(
     model_or_n,  # As for `drop`
     n: int,  # How many layers to keep, in 1..number of layers
 ) -> LayerPlan:
-    "The plan that keeps the first `n` layers (arXiv:2403.17887 prunes so, but for the last). `InvalidConfigError` out of range."
+    """
+    The plan that keeps the first `n` layers. `InvalidConfigError` if `n` is out of range.
+
+    arXiv:2403.17887 prunes so, but keeps the last layer.
+    """
     total = n_layers(model_or_n)
-    if isinstance(n, bool) or not hasattr(n, "__index__") or not 1 <= n <= total:
+    is_integer = hasattr(n, "__index__") and not isinstance(n, bool)
+    if not is_integer or not 1 <= n <= total:
         raise InvalidConfigError(
             f"prune_after {n!r} not in 1..{total}: it is the number of layers that stay, of {total}"
         )
-    return LayerPlan(total, range(operator.index(n)))
+    return LayerPlan(total, tuple(range(operator.index(n))))

@@ -12,75 +12,110 @@ import numpy as np
 import pandas as pd
 
 from .core import MetricComputationError
+from .plan import LayerPlan
+
+# %% ../nbs/53_verdict.ipynb #53a00001
+def _item_sums(items: pd.DataFrame, name: str) -> np.ndarray:
+    column = items.nll if name == "nll" else -items[name]  # less is better
+    return column.to_numpy(float)
 
 # %% ../nbs/53_verdict.ipynb #19738094
 def recovered(
-    cut: pd.DataFrame,
-    healed: pd.DataFrame,
-    control: pd.DataFrame,  # Evaluations of the same items, as from `evaluate_model`
+    cut: pd.DataFrame,  # An evaluation, as from `evaluate_model`
+    healed: pd.DataFrame,  # Of the same items
+    control: pd.DataFrame,  # Of the same items
     name: str = "nll",  # "nll", or a metric of which more is better
-    n: int = 2000,
-    seed: int = 0,  # Resamples, and their seed
-) -> (
-    dict | None
-):  # `mean`, `lo`, `hi`: the share of the way from cut to control; None where the control is not better by more than its interval
-    "Share of the control's level that healing reached: 0 as the cut model, 1 as the control."
+    n: int = 2000,  # Resamples
+    seed: int = 0,  # Of the resampling
+) -> dict[str, float] | None:  # `mean`, `lo`, `hi`: a share, with its 95% bootstrap interval
+    """Share of the control's level that healing reached.
+
+    None where the control is not better than the cut model by more than its interval.
+    `MetricComputationError` for evaluations of different items."""
     if not list(cut.id) == list(healed.id) == list(control.id):
         raise MetricComputationError(
-            "the evaluations are of different items, so they cannot be paired; evaluate all on the same rows"
+            "the evaluations are of different items, so they cannot be paired; "
+            "evaluate all on the same rows"
         )
-
-    def sums(df):
-        return (df.nll if name == "nll" else df[name]).to_numpy(float)
-
-    gap, way = sums(cut) - sums(healed), sums(cut) - sums(control)
-    keep = ~np.isnan(gap)
-    gap, way = gap[keep], way[keep]
-    draws = np.random.default_rng(seed).multinomial(
-        len(gap), np.full(len(gap), 1 / len(gap)), size=n
-    )
-    ways = draws @ way
-    if np.percentile(ways if name == "nll" else -ways, 2.5) <= 0:
+    gained = _item_sums(cut, name) - _item_sums(healed, name)
+    possible = _item_sums(cut, name) - _item_sums(control, name)
+    measured = ~np.isnan(gained)
+    gained, possible = gained[measured], possible[measured]
+    equal = np.full(len(gained), 1 / len(gained))
+    draws = np.random.default_rng(seed).multinomial(len(gained), equal, size=n)
+    all_gained, all_possible = draws @ gained, draws @ possible
+    if np.percentile(all_possible, 2.5) <= 0:
         return None
-    lo, hi = np.percentile((draws @ gap)[ways != 0] / ways[ways != 0], [2.5, 97.5])
-    return dict(mean=float(gap.sum() / way.sum()), lo=float(lo), hi=float(hi))
+    divisible = all_possible != 0
+    shares = all_gained[divisible] / all_possible[divisible]
+    lo, hi = np.percentile(shares, [2.5, 97.5])
+    return dict(mean=float(gained.sum() / possible.sum()), lo=float(lo), hi=float(hi))
 
 # %% ../nbs/53_verdict.ipynb #83f03b0d
-def _range(d, percent=False):
-    f = (
-        (lambda v: f"{round(100 * v)}%") if percent else (lambda v: f"{round(v, 3) + 0.0:.3f}")
-    )  # no -0
-    return f"{f(d['mean'])} ({f(d['lo'])} to {f(d['hi'])})"
+def _number(value: float) -> str:
+    return f"{round(value, 3) + 0.0:.3f}"  # + 0.0: no -0
+
+
+def _percent(value: float) -> str:
+    return f"{round(100 * value)}%"
+
+
+def _with_interval(estimate: dict, written=_number) -> str:
+    return f"{written(estimate['mean'])} ({written(estimate['lo'])} to {written(estimate['hi'])})"
+
+# %% ../nbs/53_verdict.ipynb #53a00008
+def _spoken(name: str) -> str:  # A metric's name in a sentence
+    return "NLL" if name == "nll" else name.replace("_", " ")
+
+
+def _share_sentence(name: str, share: dict | None) -> str:
+    if share is None:
+        return (
+            f"In {_spoken(name)}, the control is not surely better than the cut model "
+            "(the interval includes 0), so there was nothing to heal."
+        )
+    reached = _with_interval(share, _percent)
+    return f"<b>In {_spoken(name)}, healing recovered {reached} of the control's level.</b>"
+
+
+def _difference_sentence(other: str, name: str, difference: dict) -> str:
+    is_sure = difference["lo"] > 0 or difference["hi"] < 0
+    zero = "excludes 0" if is_sure else "<b>includes</b> 0"
+    measured = f"{_spoken(name)}: {_with_interval(difference)}"
+    return f"Healed against {other}, {measured}, the interval {zero}."
+
+# %% ../nbs/53_verdict.ipynb #53a00009
+def _cut_sentence(plan: LayerPlan, summaries: dict[str, dict]) -> str:
+    nll = {state: f"{summary['nll']:.3f}" for state, summary in summaries.items()}
+    if plan.whole:
+        return (
+            f"Nothing was taken out. Fine-tuning took the NLL from {nll['base']} "
+            f"to <b>{nll['healed']}</b> nats per token."
+        )
+    gone = ", ".join(map(str, plan.dropped))
+    layers = "layers" if len(plan.dropped) > 1 else "layer"
+    return (
+        f"Without <b>{layers} {gone}</b> ({len(plan.keep)} of {plan.n_layers} stay) the NLL goes "
+        f"from {nll['base']} to <b>{nll['cut']}</b>; fine-tuning brings it to "
+        f"<b>{nll['healed']}</b>, where the whole model reaches {nll['control']} by the same "
+        "fine-tuning."
+    )
 
 # %% ../nbs/53_verdict.ipynb #84395450
 def verdict(
-    plan,  # The `LayerPlan`
+    plan: LayerPlan,
     summaries: dict[str, dict],  # State → its summary
-    shares: dict,  # Metric → as from `recovered`
-    gains: dict,  # Metric → paired difference healed − cut, as from `difference`
-    gaps: dict,  # Metric → paired difference healed − control
+    shares: dict[str, dict | None],  # Metric → as from `recovered`
+    gains: dict[str, dict],  # Metric → paired difference healed − cut, as from `difference`
+    gaps: dict[str, dict],  # Metric → paired difference healed − control
     conditions: str,  # What the numbers hold for: items, tokens, seed
 ) -> str:  # HTML
     "The answer in a few sentences, every number with its interval."
-    s = summaries
-    if plan.whole:
-        text = f"Nothing was taken out. Fine-tuning took the NLL from {s['base']['nll']:.3f} to <b>{s['healed']['nll']:.3f}</b> nats per token."
-    else:
-        gone = f"layer{'s' if len(plan.dropped) > 1 else ''} {', '.join(map(str, plan.dropped))}"
-        text = f"Without <b>{gone}</b> ({len(plan.keep)} of {plan.n_layers} stay) the NLL goes from {s['base']['nll']:.3f} to <b>{s['cut']['nll']:.3f}</b>; fine-tuning brings it to <b>{s['healed']['nll']:.3f}</b>, where the whole model reaches {s['control']['nll']:.3f} by the same fine-tuning. "
-        for name, share in shares.items():
-            what = "NLL" if name == "nll" else name.replace("_", " ")
-            text += (
-                f"<b>In {what}, healing recovered {_range(share, True)} of the control's level.</b> "
-                if share
-                else f"In {what}, the control is not surely better than the cut model (the interval includes 0), so there was nothing to heal. "
-            )
-        for other, differences in dict(cut=gains, control=gaps).items():
-            for name, g in differences.items():
-                sure = (
-                    "the interval excludes 0"
-                    if (g["lo"] > 0 or g["hi"] < 0)
-                    else "the interval <b>includes</b> 0"
-                )
-                text += f"Healed against {other}, {'NLL' if name == 'nll' else name.replace('_', ' ')}: {_range(g)}, {sure}. "
-    return f'<div class="verdict">{text}<br><small>95% bootstrap intervals over items; {html.escape(conditions)}</small></div>'
+    sentences = [_cut_sentence(plan, summaries)]
+    if not plan.whole:
+        sentences += [_share_sentence(name, share) for name, share in shares.items()]
+        for other, differences in (("cut", gains), ("control", gaps)):
+            for name, difference in differences.items():
+                sentences.append(_difference_sentence(other, name, difference))
+    small = f"95% bootstrap intervals over items; {html.escape(conditions)}"
+    return f'<div class="verdict">{" ".join(sentences)}<br><small>{small}</small></div>'

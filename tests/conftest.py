@@ -1,6 +1,8 @@
-"Shared by the tests: where things are, and how a notebook is run: by papermill's own command line, or on a warm kernel."
+"Shared by the tests: where things are, and how a notebook is run, cold or on a warm kernel."
 
-import os, subprocess, sys
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,9 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "real"
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # sums depend on it in their last digits, and warm kernels have one
+# Sums depend on it in their last digits, and warm kernels have one
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure(config):
@@ -28,15 +29,10 @@ def real():
 
 def papermill(out, runs, notebook="nbs/train.ipynb", /, **parameters):
     "What a user types; the run's folder goes under `runs`."
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        str(ROOT / notebook),
-        str(out),
-        "--no-progress-bar",
-        *(o for k, v in parameters.items() for o in ("-p", k, str(v))),
-    ]
+    command = [sys.executable, "-m", "papermill", str(ROOT / notebook), str(out)]
+    command.append("--no-progress-bar")
+    for name, value in parameters.items():
+        command += ["-p", name, str(value)]
     return subprocess.run(
         command,
         cwd=ROOT,
@@ -47,29 +43,38 @@ def papermill(out, runs, notebook="nbs/train.ipynb", /, **parameters):
     )
 
 
+def with_plain_paths(parameters):
+    "The same, with paths as text."
+    plain = {}
+    for name, value in parameters.items():
+        plain[name] = str(value) if isinstance(value, Path) else value
+    return plain
+
+
 @pytest.fixture(scope="session")
 def warm():
-    "As `papermill`, on kernels forked from one process that has imported what is heavy, as a sweep does."
+    "As `papermill`, on kernels forked from one process that has imported what is heavy."
     import papermill as pm
+
     from finetune_kit.kernels import Kernels
 
     with Kernels() as kernels:
 
         def run(out, runs, notebook="nbs/train.ipynb", /, **parameters):
-            asked = {k: str(v) if isinstance(v, Path) else v for k, v in parameters.items()}
+            manager = kernels.manager(FINETUNE_KIT_RUNS=str(runs))
             try:
                 pm.execute_notebook(
                     ROOT / notebook,
                     out,
-                    asked,
+                    with_plain_paths(parameters),
                     kernel_name="python3",
                     progress_bar=False,
                     start_timeout=600,
                     cwd=ROOT,
-                    kernel_manager_class=kernels.manager(FINETUNE_KIT_RUNS=str(runs)),
+                    kernel_manager_class=manager,
                 )
-            except Exception as e:
-                return SimpleNamespace(returncode=1, stderr=str(e))
+            except Exception as error:
+                return SimpleNamespace(returncode=1, stderr=str(error))
             return SimpleNamespace(returncode=0, stderr="")
 
         yield run

@@ -12,6 +12,7 @@ from math import isclose
 from pathlib import Path
 
 import nbdev.test
+import pandas as pd
 from execnb.shell import CaptureShell
 
 WRITE = "--write" in sys.argv
@@ -61,6 +62,7 @@ class KeepingShell(CaptureShell):
         self.path = Path(path)
 
     def run_all(self, notebook, exc_stop=False, preproc=lambda cell: False, **options):
+        pd.reset_option("display.max_colwidth")  # another notebook of this process may have set it
         ran = []
 
         def skip(cell):

@@ -1,95 +1,122 @@
 "The loss mask against those of TRL and unsloth, on templates where theirs are right."
 
-import copy, importlib.util, json, re, subprocess, sys
+import copy
+import importlib.util
+import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-MESSAGES = [
-    dict(role="system", content="Be brief."),
+SYSTEM = dict(role="system", content="Be brief.")
+FIRST_TURN = [
     dict(role="user", content="Who are you?"),
     dict(role="assistant", content="Me, and nobody else."),
+]
+SECOND_TURN = [
     dict(role="user", content="Why?"),
     dict(role="assistant", content="Because: 1 + 2\n\nis 3."),
 ]
 
-# TRL marks these templates by hand ({% generation %}). Of the others, some score the header's line break (qwen2_5) or an empty <think> block that the prompt at inference holds already (qwen3, qwen3_5, nemotron, glm4moe).
-RIGHT = "cohere cohere2 gemma gemma3 lfm2 lfm2_v2 llama3 phi3 phi3_5 qwen2_5_vl qwen3_instruct_2507 qwen3_vl diffusion_gemma".split()
+# TRL marks these templates by hand ({% generation %}). Of its others, some score the header's line
+# break (qwen2_5), or an empty <think> block that the prompt at inference has already (qwen3,
+# qwen3_5, nemotron, glm4moe).
+TRL_TEMPLATES = (
+    "cohere",
+    "cohere2",
+    "gemma",
+    "gemma3",
+    "lfm2",
+    "lfm2_v2",
+    "llama3",
+    "phi3",
+    "phi3_5",
+    "qwen2_5_vl",
+    "qwen3_instruct_2507",
+    "qwen3_vl",
+    "diffusion_gemma",
+)
+WITHOUT_SYSTEM_TURN = ("gemma",)
+SPECIAL_TOKEN = re.compile(r"<\|\w+\|>|<[a-z]+(?:_[a-z]+)+>|<turn\|>|<\|turn>")
 
 
 @pytest.fixture(scope="module")
-def tok():
+def tokenizer():
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(ROOT / "data/tiny-base")
 
 
+@pytest.fixture(scope="module")
+def held_out_rows():
+    from finetune_kit.rows import load_rows
+
+    return load_rows(ROOT / "data/domains", "test")
+
+
 def trl_template(name):
-    return (
-        Path(importlib.util.find_spec("trl").submodule_search_locations[0])
-        / "chat_templates"
-        / f"{name}_training.jinja"
-    ).read_text()
+    [package] = importlib.util.find_spec("trl").submodule_search_locations
+    return Path(package, "chat_templates", f"{name}_training.jinja").read_text()
 
 
-def with_specials(tok, template):
+def with_special_tokens(tokenizer, template):
     "A tokenizer that has the template's special tokens, as the model's own would."
-    tok = copy.deepcopy(tok)
-    tok.add_special_tokens(
-        dict(
-            additional_special_tokens=sorted(
-                set(re.findall(r"<\|\w+\|>|<[a-z]+(?:_[a-z]+)+>|<turn\|>|<\|turn>", template))
-                - set(tok.get_vocab())
-            )
-        )
-    )
-    return tok
+    tokenizer = copy.deepcopy(tokenizer)
+    missing = set(SPECIAL_TOKEN.findall(template)) - set(tokenizer.get_vocab())
+    tokenizer.add_special_tokens(dict(additional_special_tokens=sorted(missing)))
+    return tokenizer
 
 
-def without_space_at_the_end(tok, ids, mask):
-    "Their mask, less the white space that follows an end of turn where nothing scored follows it: nobody generates it."
-    special = {i for i, t in tok.added_tokens_decoder.items() if t.special}
-    return [
-        bool(m and not (tok.decode([i]).isspace() and n and ids[n - 1] in special and not after))
-        for n, (i, m, after) in enumerate(zip(ids, mask, [*mask[1:], 0]))
-    ]
+def without_space_at_the_end(tokenizer, ids, mask):
+    """Their mask, less white space after an end of turn where nothing scored follows.
+    No model has to generate that."""
+    special_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    scored = []
+    for n, token_id in enumerate(ids):
+        is_space = tokenizer.decode([token_id]).isspace()
+        is_after_end = n > 0 and ids[n - 1] in special_ids
+        is_last_scored = n + 1 == len(mask) or not mask[n + 1]
+        scored.append(bool(mask[n]) and not (is_space and is_after_end and is_last_scored))
+    return scored
 
 
-@pytest.mark.parametrize("name", RIGHT)
-def test_masks_equal_trl(name, tok):
+@pytest.mark.parametrize("name", TRL_TEMPLATES)
+def test_masks_equal_trl(name, tokenizer):
     from finetune_kit.chat import encode
 
     template = trl_template(name)
-    tok = with_specials(tok, template)
-    for messages in (
-        MESSAGES[1:],
-        MESSAGES[1:3],
-        *([MESSAGES] if name != "gemma" else []),
-    ):  # Gemma's knows no system turn
-        theirs = tok.apply_chat_template(
+    tokenizer = with_special_tokens(tokenizer, template)
+    conversations = [FIRST_TURN, FIRST_TURN + SECOND_TURN]
+    if name not in WITHOUT_SYSTEM_TURN:
+        conversations.append([SYSTEM, *FIRST_TURN, *SECOND_TURN])
+    for messages in conversations:
+        theirs = tokenizer.apply_chat_template(
             messages,
             chat_template=template,
             return_dict=True,
             return_assistant_tokens_mask=True,
             enable_thinking=False,
         )
-        ours = encode(dict(messages=messages), tok, template)
+        ours = encode(dict(messages=messages), tokenizer, template)
         assert ours["input_ids"] == theirs["input_ids"]
-        assert [l != -100 for l in ours["labels"]] == without_space_at_the_end(
-            tok, theirs["input_ids"], theirs["assistant_masks"]
+        expected = without_space_at_the_end(
+            tokenizer, theirs["input_ids"], theirs["assistant_masks"]
         )
+        assert [label != -100 for label in ours["labels"]] == expected
 
 
 @pytest.mark.slow
-def test_labels_equal_trl_s_own_preparation(tok, tmp_path):
+def test_labels_equal_trl_s_own_preparation(tokenizer, held_out_rows, tmp_path):
     "The trainer's data set, as `SFTTrainer(assistant_only_loss=True)` makes it, label by label."
-    import datasets, trl
+    import datasets
+    import trl
     from transformers import AutoModelForCausalLM
-    from finetune_kit.chat import encode_rows
-    from finetune_kit.rows import load_rows
 
-    rows = load_rows(ROOT / "data/domains", "test")
+    from finetune_kit.chat import encode_rows
+
     args = trl.SFTConfig(
         output_dir=str(tmp_path),
         assistant_only_loss=True,
@@ -98,53 +125,81 @@ def test_labels_equal_trl_s_own_preparation(tok, tmp_path):
         bf16=False,
         report_to="none",
     )
+    conversations = [dict(messages=row["messages"]) for row in held_out_rows]
     trainer = trl.SFTTrainer(
         AutoModelForCausalLM.from_pretrained(ROOT / "data/tiny-base"),
         args,
-        train_dataset=datasets.Dataset.from_list([dict(messages=r["messages"]) for r in rows]),
-        processing_class=tok,
+        train_dataset=datasets.Dataset.from_list(conversations),
+        processing_class=tokenizer,
     )
-    assert [(e["input_ids"], e["labels"]) for e in encode_rows(rows, tok)] == [
-        (r["input_ids"], r["labels"]) for r in trainer.train_dataset
-    ]
+    ours = encode_rows(held_out_rows, tokenizer)
+    theirs = list(trainer.train_dataset)
+    for key in ("input_ids", "labels"):
+        assert [row[key] for row in ours] == [row[key] for row in theirs]
 
 
+# In a process of its own, since unsloth patches what it touches
 UNSLOTH = """
 import json, sys
 import unsloth
 from unsloth_zoo.dataset_utils import train_on_responses_only
 from transformers import AutoTokenizer
-path, ids, template, user, assistant = json.loads(sys.stdin.read())
-tok = AutoTokenizer.from_pretrained(path)
-f = train_on_responses_only(None, user, assistant, tokenizer=tok, return_function=True)
-print("LABELS", json.dumps([list(map(int, l)) for l in f(dict(input_ids=ids))["labels"]]))
+given = json.load(sys.stdin)
+mask = train_on_responses_only(
+    None,
+    "<|user|>",
+    "<|assistant|>",
+    tokenizer=AutoTokenizer.from_pretrained(given["tokenizer"]),
+    return_function=True,
+)
+labels = mask(dict(input_ids=given["input_ids"]))["labels"]
+print("LABELS", json.dumps([[int(label) for label in row] for row in labels]))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.slow
-def test_labels_equal_unsloth_s_train_on_responses_only(tok):
+def test_labels_equal_unsloth_s_train_on_responses_only(tokenizer, held_out_rows):
     if importlib.util.find_spec("unsloth") is None:
         pytest.skip("unsloth is not installed")
     from finetune_kit.chat import encode_rows
-    from finetune_kit.rows import load_rows
 
-    encoded = encode_rows(load_rows(ROOT / "data/domains", "test"), tok)
-    done = subprocess.run(
+    encoded = encode_rows(held_out_rows, tokenizer)
+    input_ids = [row["input_ids"] for row in encoded]
+    result = subprocess.run(
         [sys.executable, "-c", UNSLOTH],
-        input=json.dumps(
-            [
-                str(ROOT / "data/tiny-base"),
-                [e["input_ids"] for e in encoded],
-                None,
-                "<|user|>",
-                "<|assistant|>",
-            ]
-        ),
+        input=json.dumps(dict(tokenizer=str(ROOT / "data/tiny-base"), input_ids=input_ids)),
         capture_output=True,
         text=True,
         cwd=ROOT,
     )
-    labels = [o for o in done.stdout.splitlines() if o.startswith("LABELS")]
-    assert labels, done.stderr[-2000:]
-    assert json.loads(labels[0].split(" ", 1)[1]) == [e["labels"] for e in encoded]
+    lines = [line for line in result.stdout.splitlines() if line.startswith("LABELS ")]
+    assert lines, result.stderr[-2000:]
+    theirs = json.loads(lines[0].removeprefix("LABELS "))
+    assert theirs == [row["labels"] for row in encoded]
+
+
+def test_the_gate_reads_the_vocabulary_once(tokenizer, held_out_rows, monkeypatch):
+    "Reading 150,000 tokens takes long; once for each row is too often."
+    from finetune_kit.chat import check_masks, encode_rows
+
+    encoded = encode_rows(held_out_rows, tokenizer)
+    calls = []
+    read_vocabulary = tokenizer.get_vocab
+
+    def counting():
+        calls.append(1)
+        return read_vocabulary()
+
+    monkeypatch.setattr(tokenizer, "get_vocab", counting)
+    assert check_masks(encoded, tokenizer)["checked"] == len(encoded)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", ["alpaca", "chatml", "llama2", "phi"])
+def test_the_prompt_of_a_shipped_template_is_a_prefix_of_its_text(name, tokenizer):
+    from finetune_kit.rendering import render
+
+    messages = [SYSTEM, *FIRST_TURN, *SECOND_TURN]
+    for place in (2, 4):
+        prompt = render(messages[:place], tokenizer, name, add_generation_prompt=True)
+        assert render(messages, tokenizer, name).startswith(prompt)

@@ -1,12 +1,18 @@
-"The command line: help, JSON, exit codes, completion, questions; and that it starts without what is heavy."
+"The command line: help, JSON, exit codes, completion, questions; and it starts without delay."
 
-import json, subprocess, sys, types
+import json
+import subprocess
+import sys
+import types
 
-import pytest, typer
+import pytest
+import typer
 from conftest import ROOT
-from finetune_kit import cli
 from typer.testing import CliRunner
 
+from finetune_kit import cli, cli_runs
+
+HEAVY = {"torch", "transformers", "datasets", "pandas", "numpy", "pydantic", "papermill", "IPython"}
 COMMANDS = typer.main.get_command(cli.app).commands
 CHANGE = dict(mean=-0.5, lo=-0.6, hi=-0.4)
 STATE = dict(
@@ -30,26 +36,19 @@ QUICK = dict(
 
 
 def test_help_is_light_and_lists_every_command():
-    code = "import sys; from finetune_kit.cli import main; sys.argv = ['finetune-kit', '--help']\ntry: main()\nexcept SystemExit as e: print(*sys.modules, e.code)"
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-    ).stdout
-    assert (
-        not {
-            "torch",
-            "transformers",
-            "datasets",
-            "pandas",
-            "numpy",
-            "pydantic",
-            "papermill",
-            "IPython",
-        }
-        & set(out.split())
-        and out.split()[-1] == "0"
+    code = (
+        "import sys; from finetune_kit.cli import main; sys.argv = ['finetune-kit', '--help']\n"
+        "try: main()\n"
+        "except SystemExit as end: print(*sys.modules, end.code)"
     )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    words = result.stdout.split()
+    assert not HEAVY & set(words)
+    assert words[-1] == "0"
     for name in COMMANDS:
-        assert f" {name} " in out, name
+        assert f" {name} " in result.stdout, name
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -60,10 +59,13 @@ def test_help_has_an_example(name):
 
 
 def test_what_yields_data_yields_json():
-    talks, is_json = {"chat", "serve", "demo"}, {"plan", "upload"}
-    assert {
-        name for name, c in COMMANDS.items() if not any("--json" in o.opts for o in c.params)
-    } == talks | is_json
+    talk = {"chat", "serve", "demo"}
+    always_json = {"plan", "upload"}
+    without = set()
+    for name, command in COMMANDS.items():
+        if not any("--json" in option.opts for option in command.params):
+            without.add(name)
+    assert without == talk | always_json
 
 
 @pytest.fixture
@@ -71,12 +73,13 @@ def registry(tmp_path, monkeypatch):
     "Two runs, of which one was evaluated and timed on other data, by a third."
     monkeypatch.setenv("FINETUNE_KIT_RUNS", str(tmp_path))
 
-    def write(id, name="run.json", /, **info):
-        (tmp_path / id).mkdir(exist_ok=True)
-        (tmp_path / id / name).write_text(json.dumps(info))
+    def write(run_id, name="run.json", /, **info):
+        (tmp_path / run_id).mkdir(exist_ok=True)
+        (tmp_path / run_id / name).write_text(json.dumps(info))
 
-    for id in ("train-drop7-aa", "train-drop8-bb"):
-        write(id, id=id, status="done", experiment="train", started=1.0, metrics=dict(healed=STATE))
+    for run_id in ("train-drop7-aa", "train-drop8-bb"):
+        record = dict(id=run_id, status="done", experiment="train", started=1.0)
+        write(run_id, **record, metrics=dict(healed=STATE))
     write(
         "train-drop7-aa",
         "evaluation-ab12.json",
@@ -104,16 +107,14 @@ def called(*args):
 
 
 def test_runs_show_what_came_of_them_on_other_data(registry):
-    shown = called("runs").stdout
-    assert "train-drop8-bb" in shown
-    row = next(
-        line for line in shown.split("On other data:")[1].splitlines() if "train-drop7-aa" in line
-    )
-    assert row.split()[:4] == ["train-drop7-aa", "mine", "1.5", "1.0"] and row.split()[-2:] == [
-        "20.0",
-        "40.0",
-    ]
-    assert {r["id"]: r["mine: tuned.nll"] for r in json.loads(called("runs", "--json").stdout)} == {
+    listing = called("runs").stdout
+    assert "train-drop8-bb" in listing
+    on_other_data = listing.split("On other data:")[1].splitlines()
+    [row] = [line.split() for line in on_other_data if "train-drop7-aa" in line]
+    assert row[:4] == ["train-drop7-aa", "mine", "1.5", "1.0"]
+    assert row[-2:] == ["20.0", "40.0"]
+    records = json.loads(called("runs", "--json").stdout)
+    assert {record["id"]: record["mine: tuned.nll"] for record in records} == {
         "train-drop7-aa": 1.0,
         "train-drop8-bb": None,
         "evaluate-cc": None,
@@ -121,17 +122,18 @@ def test_runs_show_what_came_of_them_on_other_data(registry):
 
 
 def test_benchmark_sets_base_and_tuned_side_by_side(registry, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        cli, "_execute", lambda *a: asked.append(a) or registry / "evaluate-cc" / "report.html"
-    )
-    shown = called(
-        "benchmark", "train-drop7", "--data", "my.jsonl", "--prompts", 4, "-p", "items=8"
-    ).stdout
-    assert asked[0][:2] == (
-        "nbs/evaluate.ipynb",
-        ["runs=train-drop7", "data=my.jsonl", "speed=4", "items=8"],
-    )
+    executions = []
+
+    def execute(*arguments):
+        executions.append(arguments)
+        return registry / "evaluate-cc" / "report.html"
+
+    monkeypatch.setattr(cli_runs, "execute", execute)
+    options = ("--data", "my.jsonl", "--prompts", 4, "-p", "items=8")
+    text = called("benchmark", "train-drop7", *options).stdout
+    notebook, dials, _ = executions[0]
+    assert notebook == "nbs/evaluate.ipynb"
+    assert dials == ["runs=train-drop7", "data=my.jsonl", "speed=4", "items=8"]
     for part in (
         "train-drop7-aa on mine: 8 items, 4 prompts timed, cpu, 1 threads",
         "1.500 (1.400 to 1.600)",
@@ -141,29 +143,26 @@ def test_benchmark_sets_base_and_tuned_side_by_side(registry, monkeypatch):
         "memory, MiB",
         "report: ",
     ):
-        assert part in shown, part
-    found = json.loads(called("benchmark", "--json").stdout)
-    assert (
-        found["runs"]["train-drop7-aa"]["speed"]["tuned"]["tokens_per_s"] == 40.0
-        and found["report"].endswith("report.html")
-        and asked[1][1][:2] == ["runs=all", "data=data/domains"]
-    )
+        assert part in text, part
+    record = json.loads(called("benchmark", "--json").stdout)
+    assert record["runs"]["train-drop7-aa"]["speed"]["tuned"]["tokens_per_s"] == 40.0
+    assert record["report"].endswith("report.html")
+    assert executions[1][1][:2] == ["runs=all", "data=data/domains"]
 
 
 def test_a_run_as_json(registry, monkeypatch):
-    monkeypatch.setattr(cli, "_execute", lambda *a: registry / "train-drop7-aa" / "report.html")
+    report = registry / "train-drop7-aa" / "report.html"
+    monkeypatch.setattr(cli_runs, "execute", lambda *arguments: report)
     for command in (["run", "nbs/train.ipynb"], ["train", "-p", "seed=1"], ["study"], ["evaluate"]):
-        found = json.loads(called(*command, "--json").stdout)
-        assert (found["id"], found["metrics"]["healed"]["nll"], found["report"]) == (
-            "train-drop7-aa",
-            1.5,
-            str(registry / "train-drop7-aa" / "report.html"),
-        )
-        assert called(*command).stdout == f"report: {registry / 'train-drop7-aa' / 'report.html'}\n"
+        record = json.loads(called(*command, "--json").stdout)
+        assert record["id"] == "train-drop7-aa"
+        assert record["metrics"]["healed"]["nll"] == 1.5
+        assert record["report"] == str(report)
+        assert called(*command).stdout == f"report: {report}\n"
 
 
 @pytest.mark.parametrize(
-    "words, code, said",
+    "words, code, message",
     [
         (["runs", "--json"], 0, ""),
         (["compare", "train-drop7"], 1, "InvalidConfigError: 1 run: two or more are needed"),
@@ -173,16 +172,14 @@ def test_a_run_as_json(registry, monkeypatch):
         (["--log-level", "loud", "runs"], 1, "choices: DEBUG, INFO"),
     ],
 )
-def test_exit_codes(words, code, said, registry, monkeypatch, capsys):
+def test_exit_codes(words, code, message, registry, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["finetune-kit", *words])
-    with pytest.raises(SystemExit) as e:
+    with pytest.raises(SystemExit) as end:
         cli.main()
     out, err = capsys.readouterr()
-    assert (
-        e.value.code == code
-        and said in " ".join(err.replace("│", "").split())
-        and (code == 0) == bool(out)
-    )
+    assert end.value.code == code
+    assert message in " ".join(err.replace("│", "").split())
+    assert bool(out) == (code == 0)
 
 
 @pytest.mark.parametrize(
@@ -202,31 +199,29 @@ def test_completion(typed, offered, registry):
         COMP_WORDS=typed,
         COMP_CWORD=str(len(typed.split()) - 1),
     )
-    assert (
-        CliRunner().invoke(cli.app, [], env=env, prog_name="finetune-kit").stdout.split() == offered
-    )
+    result = CliRunner().invoke(cli.app, [], env=env, prog_name="finetune-kit")
+    assert result.stdout.split() == offered
 
 
 def test_train_asks_in_a_terminal(monkeypatch):
-    ran, answers = [], dict(drop_layer="7,9")
-    monkeypatch.setattr(cli, "_execute", lambda *a: ran.append(a))
-    monkeypatch.setattr(
-        typer,
-        "prompt",
-        lambda what, default: next((a for name, a in answers.items() if "Layers" in what), default),
-    )
+    executions = []
+
+    def prompt(question, default):
+        return "7,9" if "Layers" in question else default
+
+    monkeypatch.setattr(cli_runs, "execute", lambda *arguments: executions.append(arguments))
+    monkeypatch.setattr(typer, "prompt", prompt)
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: True))
-    cli.train()
-    assert ran[0][1] == ["model=data/tiny-base", "data=data/domains", "drop_layer=7,9"]
-    cli.train(parameter=["seed=1"])
-    assert ran[1][1] == ["seed=1"], "it asks only where nothing was said"
+    cli_runs.train()
+    assert executions[0][1] == ["model=data/tiny-base", "data=data/domains", "drop_layer=7,9"]
+    cli_runs.train(parameter=["seed=1"])
+    assert executions[1][1] == ["seed=1"], "it asks only where no dial was given"
 
 
 def test_logs_go_to_a_file(registry, tmp_path):
     assert called("--log-file", tmp_path / "log.jsonl", "runs").exit_code == 0
     (registry / "train-drop8-bb" / "evaluation-ee.json").write_text("{")
     assert called("--log-file", tmp_path / "log.jsonl", "runs").exit_code == 0
-    lines = [json.loads(o) for o in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(o["level"], "evaluation-ee.json is damaged" in o["message"]) for o in lines] == [
-        ("WARNING", True)
-    ]
+    [line] = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert line["level"] == "WARNING"
+    assert "evaluation-ee.json is damaged" in line["message"]

@@ -1,6 +1,13 @@
 "The first code cell of every experiment: it installs the kit on Colab, and does nothing elsewhere."
 
-import importlib.util, json, os, re, shutil, subprocess, sys, types
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import types
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -9,19 +16,18 @@ from conftest import ROOT
 
 
 def code_cells(notebook):
-    return [
-        (f"{''.join(c['source'])}\n", c["metadata"].get("tags", []))
-        for c in json.loads(notebook.read_text())["cells"]
-        if c["cell_type"] == "code"
-    ]
+    "(source, tags) of each code cell."
+    cells = json.loads(notebook.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    return [("".join(cell["source"]) + "\n", cell["metadata"].get("tags", [])) for cell in code]
 
 
-EXPERIMENTS = [
-    n
-    for n in sorted((ROOT / "nbs").glob("*.ipynb"))
-    if any("parameters" in tags for _, tags in code_cells(n))
-]
-CELL = code_cells(ROOT / "nbs/train.ipynb")[0][0]
+def is_experiment(notebook):
+    return any("parameters" in tags for _, tags in code_cells(notebook))
+
+
+EXPERIMENTS = [file for file in sorted((ROOT / "nbs").glob("*.ipynb")) if is_experiment(file)]
+CELL, _ = code_cells(ROOT / "nbs/train.ipynb")[0]
 
 
 def test_every_experiment_begins_with_it():
@@ -33,32 +39,34 @@ def test_every_experiment_begins_with_it():
 def test_it_pins_what_is_released():
     ini = ConfigParser(delimiters=["="])
     ini.read(ROOT / "settings.ini")
-    assert f'"{ini["DEFAULT"]["git_url"]}", "v{ini["DEFAULT"]["version"]}"' in CELL, (
-        "settings.ini and the first cells of the experiments name different releases"
-    )
-    assert all("==" in o for o in ini["DEFAULT"]["gpu_requirements"].split())
+    kit = ini["DEFAULT"]
+    strings = re.findall(r'"([^"]*)"', CELL)
+    for pinned in (kit["git_url"], f"v{kit['version']}"):
+        assert strings.count(pinned) == 1, f"no {pinned} in the first cells of the experiments"
+    assert all("==" in requirement for requirement in kit["gpu_requirements"].split())
+
+
+def stand_in(commands, gpu, fails):
+    "For `subprocess.run`: it keeps the commands and carries none out."
+
+    def run(command, **kwargs):
+        line = command if isinstance(command, str) else " ".join(command)
+        commands.append(line.replace(sys.executable, "python"))
+        if "clone" in command:
+            Path(command[-1]).mkdir(parents=True)
+        is_bad = (fails and fails in commands[-1]) or ("nvidia-smi" in command and not gpu)
+        return types.SimpleNamespace(returncode=int(bool(is_bad)), stderr="no such thing")
+
+    return run
 
 
 def ran(monkeypatch, tmp_path, gpu=True, fails=None, installed=False):
-    "Run the cell with a stand-in for Colab: its commands, and whether the kit is found after it."
+    "The commands of the cell, run with a stand-in for Colab."
     commands = []
-
-    def run(command, **kwargs):
-        commands.append(
-            command
-            if isinstance(command, str)
-            else " ".join(command).replace(sys.executable, "python")
-        )
-        if "clone" in command:
-            Path(command[-1]).mkdir(parents=True)
-        bad = fails and fails in commands[-1] or "nvidia-smi" in command and not gpu
-        return types.SimpleNamespace(returncode=int(bool(bad)), stderr="no such thing")
-
+    spec = types.SimpleNamespace() if installed else None
     monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
-    monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: types.SimpleNamespace() if installed else None
-    )
+    monkeypatch.setattr(subprocess, "run", stand_in(commands, gpu, fails))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
     exec(CELL.replace("/content", str(tmp_path)), {})
@@ -67,24 +75,25 @@ def ran(monkeypatch, tmp_path, gpu=True, fails=None, installed=False):
 
 def test_on_colab(monkeypatch, tmp_path, capsys):
     folder = tmp_path / "finetune-kit"
-    commands = ran(monkeypatch, tmp_path)
-    assert commands == [
+    clone = "git clone --quiet --depth 1 --branch v0.1.0"
+    assert ran(monkeypatch, tmp_path) == [
         "nvidia-smi -L",
-        f"git clone --quiet --depth 1 --branch v0.1.0 https://github.com/finetune-kit/finetune_kit {folder}",
+        f"{clone} https://github.com/finetune-kit/finetune_kit {folder}",
         f"python -m pip install --quiet --editable {folder}[gpu]",
     ]
-    assert Path.cwd() == folder and sys.path[0] == str(folder) and capsys.readouterr().out == ""
-    assert ran(monkeypatch, tmp_path, installed=True) == ["nvidia-smi -L"], (
-        "a second time, nothing is fetched"
-    )
+    assert Path.cwd() == folder
+    assert sys.path[0] == str(folder)
+    assert capsys.readouterr().out == ""
+    again = ran(monkeypatch, tmp_path, installed=True)
+    assert again == ["nvidia-smi -L"], "a second time, nothing is fetched"
 
 
 def test_on_colab_without_a_gpu(monkeypatch, tmp_path, capsys):
-    assert ran(monkeypatch, tmp_path, gpu=False)[-1].endswith("finetune-kit"), (
-        "unsloth would bring CUDA packages"
-    )
+    install = ran(monkeypatch, tmp_path, gpu=False)[-1]
+    assert install.endswith("finetune-kit"), "unsloth would bring CUDA packages"
     said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "T4 GPU" in said
+    assert said.count("\n") == 1
+    assert "T4 GPU" in said
 
 
 @pytest.mark.parametrize("step", ["git clone", "pip install"])
@@ -97,35 +106,46 @@ def test_elsewhere_nothing_happens():
     before = set(sys.modules)
     found = {}
     exec(CELL, found)
-    assert set(found) == {"__builtins__", "sys"} and set(sys.modules) == before
+    assert set(found) == {"__builtins__", "sys"}
+    assert set(sys.modules) == before
 
 
-@pytest.mark.slow
-def test_in_a_clean_environment(tmp_path):
-    "The cell's own git and pip, in an environment that holds nothing; the release is this checkout's last commit, and dependencies are left out, since there may be no network."
-    if not (ROOT / ".git").exists():
-        pytest.skip("no git checkout")
-    released, venv, folder = tmp_path / "kit.git", tmp_path / "venv", tmp_path / "finetune-kit"
+# What pip builds with, where it may not fetch it
+BUILD_PACKAGES = ("setuptools", "_distutils_hack", "pkg_resources")
 
-    def sh(*command, **kwargs):
-        return subprocess.run(
-            [*map(str, command)], check=True, capture_output=True, text=True, cwd=tmp_path, **kwargs
-        ).stdout
 
-    sh("git", "clone", "--quiet", "--bare", f"file://{ROOT}", released)
+def sh(*command, cwd, **kwargs):
+    "What the command prints."
+    strings = [str(part) for part in command]
+    done = subprocess.run(strings, check=True, capture_output=True, text=True, cwd=cwd, **kwargs)
+    return done.stdout
+
+
+def release(tmp_path):
+    "A bare repository that has this checkout's last commit as the release."
+    bare = tmp_path / "kit.git"
+    sh("git", "clone", "--quiet", "--bare", f"file://{ROOT}", bare, cwd=tmp_path)
     tag = re.search(r'"(v[\d.]+)"', CELL)[1]
-    sh("git", "-C", released, "tag", "--force", tag)
-    sh(sys.executable, "-m", "venv", venv)
+    sh("git", "-C", bare, "tag", "--force", tag, cwd=tmp_path)
+    return bare
+
+
+def clean_environment(tmp_path):
+    "Its Python; there is only what pip builds with."
+    venv = tmp_path / "venv"
+    sh(sys.executable, "-m", "venv", venv, cwd=tmp_path)
     site = next(venv.glob("lib/python*/site-packages"))
-    for name in (
-        "setuptools",
-        "_distutils_hack",
-        "pkg_resources",
-    ):  # what pip builds with, where it may not fetch it
-        source = Path(importlib.util.find_spec("setuptools").origin).parents[1] / name
-        if source.is_dir():
-            shutil.copytree(source, site / name, dirs_exist_ok=True)
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")} | dict(
+    ours = Path(importlib.util.find_spec("setuptools").origin).parents[1]
+    for name in BUILD_PACKAGES:
+        if (ours / name).is_dir():
+            shutil.copytree(ours / name, site / name, dirs_exist_ok=True)
+    return venv / "bin/python"
+
+
+def variables(released):
+    "For git to find the release, and for pip to need no network."
+    ours = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    return ours | dict(
         GIT_CONFIG_COUNT="1",
         GIT_CONFIG_KEY_0=f"url.file://{released}.insteadOf",
         GIT_CONFIG_VALUE_0="https://github.com/finetune-kit/finetune_kit",
@@ -134,26 +154,41 @@ def test_in_a_clean_environment(tmp_path):
         PIP_NO_BUILD_ISOLATION="0",
         PIP_DISABLE_PIP_VERSION_CHECK="1",
     )
-    colab = (
-        'import sys, types; sys.modules["google.colab"] = types.ModuleType("google.colab")\n'
-        + CELL.replace("/content", str(tmp_path))
-    )
-    look = "\nimport os, finetune_kit; print(finetune_kit.__file__, os.path.isdir('data/tiny-base'), os.getcwd())"
-    expect = f"{folder}/finetune_kit/__init__.py True {folder}"
-    assert sh(venv / "bin/python", "-c", colab + look, env=env).splitlines()[-1] == expect
-    assert (
-        sh(
-            venv / "bin/python", "-c", colab + look, env=env | dict(PATH=str(tmp_path))
-        ).splitlines()[-1]
-        == expect
-    ), "again, with neither git nor network"
-    assert (
-        sh(
-            venv / "bin/python",
-            "-P",
-            "-c",
-            "import finetune_kit; print(finetune_kit.__file__)",
-            env=env,
-        ).strip()
-        == f"{folder}/finetune_kit/__init__.py"
-    ), "after the kernel was started anew"
+
+
+ON_COLAB = """\
+import sys, types
+sys.modules["google.colab"] = types.ModuleType("google.colab")
+"""
+LOOK = """
+import os, finetune_kit
+print(finetune_kit.__file__, os.path.isdir('data/tiny-base'), os.getcwd())
+"""
+WHERE = "import finetune_kit; print(finetune_kit.__file__)"
+
+
+@pytest.mark.slow
+def test_in_a_clean_environment(tmp_path):
+    """The cell's own git and pip, in an environment that holds nothing.
+
+    The release is this checkout's last commit, and dependencies are left out, since there may be
+    no network.
+    """
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git checkout")
+    env = variables(release(tmp_path))
+    python = clean_environment(tmp_path)
+    folder = tmp_path / "finetune-kit"
+    script = ON_COLAB + CELL.replace("/content", str(tmp_path)) + LOOK
+    package = f"{folder}/finetune_kit/__init__.py"
+
+    def last_line(*options, **changes):
+        printed = sh(python, *options, cwd=tmp_path, env=env | changes)
+        return printed.splitlines()[-1]
+
+    expected = f"{package} True {folder}"
+    assert last_line("-c", script) == expected
+    again = last_line("-c", script, PATH=str(tmp_path))
+    assert again == expected, "again, with neither git nor network"
+    started_anew = last_line("-P", "-c", WHERE)
+    assert started_anew == package, "after the kernel was started anew"

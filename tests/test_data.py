@@ -1,17 +1,31 @@
-"Every format, every row shape, every template; and whatever else may stand in a file: each row is read or rejected, none is lost, nothing crashes."
+"""Reading data: every format, every row shape, every template, and whatever else a file may hold.
 
-import csv, io, json
+Each row is read or rejected with a reason; none is lost, and nothing crashes.
+"""
+
+import csv
+import io
+import json
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from finetune_kit.core import DatasetLoadError, EmptyDatasetError, FineTuneError
-from finetune_kit.messages import clean, to_row
-from finetune_kit.rows import Rows, drop_near, load_rows, near_pairs, shingles, stream_rows
-from finetune_kit.splits import leaks
+from finetune_kit.core import DatasetLoadError
 from finetune_kit.data import prepare_dataset
+from finetune_kit.duplicates import near_pairs, shingles, similarity
+from finetune_kit.messages import clean, to_row
+from finetune_kit.read import loaders
+from finetune_kit.rows import Rows, load_rows, resolve_source, stream_rows
+from finetune_kit.splits import leaks
 
 QA = [dict(role="user", content="Why?"), dict(role="assistant", content="Because.")]
 LONG = [
@@ -20,41 +34,24 @@ LONG = [
     dict(role="assistant", content="Me."),
     *QA,
 ]
+SHAREGPT_ROLES = dict(system="system", user="human", assistant="gpt")
+SHAREGPT = [{"from": SHAREGPT_ROLES[m["role"]], "value": m["content"]} for m in LONG]
+TURN_PAIRS = [
+    dict(system="Be brief.", user="Who?", assistant="Me."),
+    dict(user="Why?", assistant="Because."),
+]
+TYPED_PARTS = [m | dict(content=[dict(type="text", text=m["content"])]) for m in LONG]
+SUM = [dict(role="user", content="Add.\n1 2"), dict(role="assistant", content="3")]
 
-SHAPES = dict(
+SHAPES = dict(  # Shape → a row of it, and its messages or text
     qa=(dict(question="Why?", answer="Because."), QA),
-    instruction=(
-        dict(instruction="Add.", input="1 2", output="3"),
-        [dict(role="user", content="Add.\n1 2"), dict(role="assistant", content="3")],
-    ),
+    instruction=(dict(instruction="Add.", input="1 2", output="3"), SUM),
     prompt=(dict(prompt="Why?", completion="Because."), QA),
     turns=(dict(user="Why?", assistant="Because."), QA),
     messages=(dict(messages=LONG), LONG),
-    sharegpt=(
-        dict(
-            conversations=[
-                {
-                    "from": dict(system="system", user="human", assistant="gpt")[m["role"]],
-                    "value": m["content"],
-                }
-                for m in LONG
-            ]
-        ),
-        LONG,
-    ),
-    pairs=(
-        dict(
-            messages=[
-                dict(system="Be brief.", user="Who?", assistant="Me."),
-                dict(user="Why?", assistant="Because."),
-            ]
-        ),
-        LONG,
-    ),
-    parts=(
-        dict(messages=[m | dict(content=[dict(type="text", text=m["content"])]) for m in LONG]),
-        LONG,
-    ),
+    sharegpt=(dict(conversations=SHAREGPT), LONG),
+    pairs=(dict(messages=TURN_PAIRS), LONG),
+    parts=(dict(messages=TYPED_PARTS), LONG),
     history=(
         dict(system="Be brief.", history=[["Who?", "Me."]], question="Why?", answer="Because."),
         LONG,
@@ -64,68 +61,87 @@ SHAPES = dict(
     unnamed=(dict(ask="Why?", reply="Because."), QA),
 )
 
-# By hand: the whole text, and what of it is scored
+
+@dataclass
+class Rendered:
+    "What a template makes of `QA` and of `LONG`, written by hand: the text, and what is scored."
+
+    short: str
+    short_scored: str
+    long: str
+    long_scored: str
+
+
 TEMPLATES = {
-    None: (
+    None: Rendered(
         "<s><|user|>Why?<|end|><|assistant|>Because.<|end|>",
         "Because.<|end|>",
-        "<s><|system|>Be brief.<|end|><|user|>Who?<|end|><|assistant|>Me.<|end|><|user|>Why?<|end|><|assistant|>Because.<|end|>",
+        "<s><|system|>Be brief.<|end|><|user|>Who?<|end|><|assistant|>Me.<|end|>"
+        "<|user|>Why?<|end|><|assistant|>Because.<|end|>",
         "Me.<|end|>Because.<|end|>",
     ),
-    "alpaca": (
+    "alpaca": Rendered(
         "<s>### Instruction:\nWhy?\n\n### Response:\nBecause.<|end|>\n\n",
         "Because.<|end|>",
-        "<s>Be brief.\n\n### Instruction:\nWho?\n\n### Response:\nMe.<|end|>\n\n### Instruction:\nWhy?\n\n### Response:\nBecause.<|end|>\n\n",
+        "<s>Be brief.\n\n### Instruction:\nWho?\n\n### Response:\nMe.<|end|>\n\n"
+        "### Instruction:\nWhy?\n\n### Response:\nBecause.<|end|>\n\n",
         "Me.<|end|>Because.<|end|>",
     ),
-    "chatml": (
+    "chatml": Rendered(
         "<s><|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nBecause.<|end|>\n",
         "Because.<|end|>",
-        "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nMe.<|end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nBecause.<|end|>\n",
+        "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n"
+        "<|im_start|>assistant\nMe.<|end|>\n<|im_start|>user\nWhy?<|im_end|>\n"
+        "<|im_start|>assistant\nBecause.<|end|>\n",
         "Me.<|end|>Because.<|end|>",
     ),
-    "llama2": (
+    "llama2": Rendered(
         "<s>[INST] Why? [/INST] Because.<|end|>",
         " Because.<|end|>",
-        "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWho? [/INST] Me.<|end|><s>[INST] Why? [/INST] Because.<|end|>",
+        "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWho? [/INST] Me.<|end|>"
+        "<s>[INST] Why? [/INST] Because.<|end|>",
         " Me.<|end|> Because.<|end|>",
     ),
-    "phi": (
+    "phi": Rendered(
         "<s>Instruct: Why?\nOutput: Because.<|end|>\n",
         " Because.<|end|>",
-        "<s>Be brief.\nInstruct: Who?\nOutput: Me.<|end|>\nInstruct: Why?\nOutput: Because.<|end|>\n",
+        "<s>Be brief.\nInstruct: Who?\nOutput: Me.<|end|>\n"
+        "Instruct: Why?\nOutput: Because.<|end|>\n",
         " Me.<|end|> Because.<|end|>",
     ),
 }
 
 
-def _table(path, raw, delimiter):
-    with open(path, "w", newline="") as f:
-        w = csv.DictWriter(f, list(raw), delimiter=delimiter)
-        w.writeheader()
-        w.writerow({k: json.dumps(v) if isinstance(v, list) else v for k, v in raw.items()})
+# One row in a file of each format
 
 
-def _parquet(path, raw):
-    import pyarrow as pa, pyarrow.parquet as pq
+def write_table(path, row, delimiter):
+    cells = {name: json.dumps(v) if isinstance(v, list) else v for name, v in row.items()}
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(row), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerow(cells)
 
-    pq.write_table(pa.Table.from_pylist([raw]), path)
+
+def write_parquet(path, row):
+    pq.write_table(pa.Table.from_pylist([row]), path)
 
 
-def _hub(path, raw):
+def write_hub_folder(path, row):
+    "What a hub data set looks like on disk."
     (path / "data").mkdir(parents=True)
-    _parquet(path / "data" / "train-00000-of-00001.parquet", raw)
+    write_parquet(path / "data" / "train-00000-of-00001.parquet", row)
 
 
-FORMATS = dict(
-    list=("a.json", lambda p, r: p.write_text(json.dumps([r]))),
-    dict=("a.json", lambda p, r: p.write_text(json.dumps(dict(version="1", data=[r])))),
-    single=("a.json", lambda p, r: p.write_text(json.dumps(r, indent=1))),
-    jsonl=("a.jsonl", lambda p, r: p.write_text(json.dumps(r) + "\n")),
-    csv=("a.csv", lambda p, r: _table(p, r, ",")),
-    tsv=("a.tsv", lambda p, r: _table(p, r, "\t")),
-    parquet=("a.parquet", _parquet),
-    hub=("stand-in", _hub),
+FORMATS = dict(  # Format → the file's name, and what writes a row to it
+    list=("a.json", lambda path, row: path.write_text(json.dumps([row]))),
+    dict=("a.json", lambda path, row: path.write_text(json.dumps(dict(version="1", data=[row])))),
+    single=("a.json", lambda path, row: path.write_text(json.dumps(row, indent=1))),
+    jsonl=("a.jsonl", lambda path, row: path.write_text(json.dumps(row) + "\n")),
+    csv=("a.csv", lambda path, row: write_table(path, row, ",")),
+    tsv=("a.tsv", lambda path, row: write_table(path, row, "\t")),
+    parquet=("a.parquet", write_parquet),
+    hub=("stand-in", write_hub_folder),
 )
 
 
@@ -136,47 +152,90 @@ def tok():
     return AutoTokenizer.from_pretrained(ROOT / "data/tiny-base")
 
 
+def scored_text(tok, encoded):
+    return tok.decode([label for label in encoded["labels"] if label != -100])
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("format", FORMATS)
-def test_every_format_shape_and_template(format, shape, tok, tmp_path):
-    from finetune_kit.chat import check_masks, encode_rows, render
-
-    raw, said = SHAPES[shape]
-    name, write = FORMATS[format]
+def test_every_format_and_shape(format, shape, tmp_path):
     if format in ("csv", "tsv") and shape == "history":
         pytest.skip("a table's cell holds no list of pairs; messages as JSON do")
+    raw, expected = SHAPES[shape]
+    name, write = FORMATS[format]
     write(tmp_path / name, raw)
     rows = load_rows(f"hub:{tmp_path / name}" if format == "hub" else tmp_path / name)
-    assert [r.get("messages", r.get("text")) for r in rows] == [said] and not rows.rejects
-    assert next(iter(rows.detected())).endswith(
-        "(by content)" if shape == "unnamed" else "(by name)"
-    )
-    for template, (short, short_scored, long, long_scored) in TEMPLATES.items():
-        text, scored = (long, long_scored) if said == LONG else (short, short_scored)
-        if shape == "instruction":
-            text, scored = (
-                text.replace("Why?", "Add.\n1 2").replace("Because.", "3"),
-                scored.replace("Because.", "3"),
-            )
-        [e] = encode_rows(rows, tok, template)
-        if shape == "text":
-            text = scored = tok.decode(tok(said).input_ids)
-        else:
-            assert render(said, tok, template) == text
-        assert (
-            tok.decode(e["input_ids"]) == text
-            and tok.decode([i for i in e["labels"] if i != -100]) == scored
-        )
-        check_masks([e], tok, template)
+    [row] = rows
+    assert row.get("messages", row.get("text")) == expected
+    assert not rows.rejects
+    [detection] = rows.detected()
+    assert detection.endswith("(by content)" if shape == "unnamed" else "(by name)")
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_and_template(shape, template, tok, tmp_path):
+    from finetune_kit.chat import check_masks, encode_rows, render
+
+    raw, expected = SHAPES[shape]
+    rows = load_rows([raw])
+    rendered = TEMPLATES[template]
+    text = rendered.long if expected == LONG else rendered.short
+    scored = rendered.long_scored if expected == LONG else rendered.short_scored
+    if shape == "instruction":
+        text = text.replace("Why?", "Add.\n1 2").replace("Because.", "3")
+        scored = scored.replace("Because.", "3")
+    if shape == "text":
+        text = scored = tok.decode(tok(expected).input_ids)
+    else:
+        assert render(expected, tok, template) == text
+    [encoded] = encode_rows(rows, tok, template)
+    assert tok.decode(encoded["input_ids"]) == text
+    assert scored_text(tok, encoded) == scored
+    check_masks([encoded], tok, template)
 
 
 def test_text_files_are_texts(tmp_path):
     (tmp_path / "a.txt").write_text("Why?\n\n Because. \r\n")
     rows = load_rows(tmp_path / "a.txt")
-    assert [(r["text"], r["source"]) for r in rows] == [
-        ("Why?", "a.txt:1"),
-        ("Because.", "a.txt:3"),
-    ]
+    assert [row["text"] for row in rows] == ["Why?", "Because."]
+    assert [row["source"] for row in rows] == ["a.txt:1", "a.txt:3"]
+
+
+def test_a_source_is_resolved_once(tmp_path):
+    (tmp_path / "a.txt").write_text("Why?\n")
+    source = resolve_source(tmp_path)
+    assert (source.kind, source.files) == ("files", (tmp_path / "a.txt",))
+    assert resolve_source(source) is source
+    assert load_rows(source) == load_rows(tmp_path)
+    hub = resolve_source("openai/gsm8k:main")
+    assert (hub.kind, hub.hub_name, hub.hub_config) == ("hub", "openai/gsm8k", "main")
+    given_rows = resolve_source([dict(text="Why?")])
+    assert (given_rows.kind, given_rows.rows) == ("rows", [dict(text="Why?")])
+
+
+@pytest.mark.parametrize("source", ["", None, [], dict(text="Why?"), 7])
+def test_what_is_no_source(source):
+    with pytest.raises(DatasetLoadError, match="no data: the source is"):
+        load_rows(source)
+
+
+def test_a_loader_of_a_newcomer(tmp_path):
+    "One function in a notebook of their own is enough for files, folders and splits."
+
+    @loaders(".qa")
+    def read_qa(path):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            question, bar, answer = line.partition("|")
+            yield number, dict(question=question, answer=answer) if bar else ValueError("no bar")
+
+    try:
+        (tmp_path / "train.qa").write_text("Why?|Because.\nnothing\n")
+        rows = load_rows(tmp_path, "train")
+    finally:
+        del loaders[".qa"]
+    assert [row["messages"] for row in rows] == [QA]
+    assert rows.reasons() == {"no bar": 1}
 
 
 # Whatever may stand in a file
@@ -186,140 +245,154 @@ FEW = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-words = st.text(max_size=30) | st.sampled_from(
-    [
-        "",
-        " ",
-        "Why?",
-        "\u05dc\u05de\u05d4?",
-        "\u0644\u0645\u0627\u0630\u0627",
-        "👩‍👩‍👧‍👦",
-        "a\0b",
-        "\r\n",
-        "\ufeffx",
-        "\u2028",
-        "<|end|>",
-        "### Response:\n",
-        '"',
-        "'",
-        ",",
-        "\\",
-        "{{ x }}",
-        "nan",
-    ]
-)
+ODD_TEXTS = [
+    "",
+    " ",
+    "Why?",
+    "\u05dc\u05de\u05d4?",
+    "\u0644\u0645\u0627\u0630\u0627",
+    "👩‍👩‍👧‍👦",
+    "a\0b",
+    "\r\n",
+    "\ufeffx",
+    "\u2028",
+    "<|end|>",
+    "### Response:\n",
+    '"',
+    "'",
+    ",",
+    "\\",
+    "{{ x }}",
+    "nan",
+]
+ROLES = ["user", "assistant", "system", "human", "robot"]
+FIELD_NAMES = [
+    "question",
+    "answer",
+    "messages",
+    "conversations",
+    "text",
+    "instruction",
+    "input",
+    "output",
+    "system",
+    "history",
+    "domain",
+    "prompt",
+    "completion",
+    "user",
+    "assistant",
+    "other",
+]
+
+words = st.text(max_size=30) | st.sampled_from(ODD_TEXTS)
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | words
-values = st.recursive(
-    scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(words, v, max_size=3), max_leaves=8
-)
-turns = st.lists(
-    st.fixed_dictionaries(
-        dict(
-            role=st.sampled_from(["user", "assistant", "system", "human", "robot"]) | scalars,
-            content=words | values,
-        )
-    )
-    | values,
-    max_size=4,
-)
-fields = st.sampled_from(
-    [
-        "question",
-        "answer",
-        "messages",
-        "conversations",
-        "text",
-        "instruction",
-        "input",
-        "output",
-        "system",
-        "history",
-        "domain",
-        "prompt",
-        "completion",
-        "user",
-        "assistant",
-        "other",
-    ]
-)
-rows = st.dictionaries(fields, words | values | turns, max_size=5) | values
 
 
-def read(path, **kwargs):
+def containers(inner):
+    return st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3)
+
+
+values = st.recursive(scalars, containers, max_leaves=8)
+turn = st.fixed_dictionaries(
+    dict(role=st.sampled_from(ROLES) | scalars, content=words | values),
+)
+turns = st.lists(turn | values, max_size=4)
+raw_rows = (
+    st.dictionaries(st.sampled_from(FIELD_NAMES), words | values | turns, max_size=5) | values
+)
+
+
+def read(path):
+    "The rows and the rejects of a file."
     into = Rows()
-    return list(stream_rows(path, into=into, **kwargs)), into.rejects
+    return list(stream_rows(path, into=into)), into.rejects
 
 
-def plain(text):
+def without_surrogates(text):
     return "".join(c for c in text if not 0xD800 <= ord(c) < 0xE000)
 
 
+def as_bytes(text):
+    return text.encode("utf-8", "surrogatepass")
+
+
+def filled_lines(content):
+    "How many lines of a file are not empty."
+    lines = content.decode("utf-8-sig", "surrogateescape").split("\n")
+    return sum(bool(line.strip()) for line in lines)
+
+
 @FEW
-@given(rows)
+@given(raw_rows)
 def test_a_row_is_used_or_refused_with_a_reason(raw):
     try:
         row = to_row(raw)
-    except ValueError as e:
-        assert str(e)
-    else:
-        assert row.get("text") or all(
-            m["role"] in ("system", "user", "assistant")
-            and m["content"] == clean(m["content"]) != ""
-            for m in row["messages"]
-        )
+    except ValueError as error:
+        assert str(error)
+        return
+    if "text" in row:
+        assert row["text"]
+        return
+    for message in row["messages"]:
+        assert message["role"] in ("system", "user", "assistant")
+        assert message["content"] == clean(message["content"]) != ""
 
 
 @FEW
 @given(
-    st.lists(rows, max_size=6),
+    st.lists(raw_rows, max_size=6),
     st.booleans(),
     st.sampled_from(["", "\ufeff"]),
     st.sampled_from(["\n", "\r\n"]),
 )
-def test_jsonl_of_anything(tmp_path, some, ascii, bom, end):
-    f = tmp_path / "a.jsonl"
-    f.write_bytes(
-        (bom + "".join(json.dumps(r, ensure_ascii=ascii) + end for r in some)).encode(
-            "utf-8", "surrogatepass"
-        )
-    )
-    good, rejects = read(f)
-    assert len(good) + len(rejects) == len(some)
-    assert sorted(int(r["source"].split(":")[1]) for r in [*good, *rejects]) == list(
-        range(1, len(some) + 1)
-    ) and all(r["reason"] for r in rejects)
+def test_json_of_anything(tmp_path, raws, ascii_only, byte_order_mark, line_end):
+    lines = [json.dumps(raw, ensure_ascii=ascii_only) + line_end for raw in raws]
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(as_bytes(byte_order_mark + "".join(lines)))
+    rows, rejects = read(file)
+    numbers = sorted(int(r["source"].split(":")[1]) for r in [*rows, *rejects])
+    assert numbers == list(range(1, len(raws) + 1))
+    assert all(reject["reason"] for reject in rejects)
     json.dumps(rejects).encode()
-    if some:
-        f = tmp_path / "a.json"
-        f.write_bytes((bom + json.dumps(some, ensure_ascii=ascii)).encode("utf-8", "surrogatepass"))
-        good, rejects = read(f)
-        assert len(good) + len(rejects) == len(some)
+    if raws:
+        file = tmp_path / "a.json"
+        file.write_bytes(as_bytes(byte_order_mark + json.dumps(raws, ensure_ascii=ascii_only)))
+        rows, rejects = read(file)
+        assert len(rows) + len(rejects) == len(raws)
+
+
+def one_line(content):
+    return content.replace(b"\n", b"")
 
 
 @FEW
 @given(
     st.lists(
-        st.binary(max_size=40).map(lambda b: b.replace(b"\n", b""))
-        | rows.map(lambda r: json.dumps(r).encode()),
+        st.binary(max_size=40).map(one_line) | raw_rows.map(lambda raw: json.dumps(raw).encode()),
         max_size=6,
     ),
     st.integers(0, 60),
 )
-def test_jsonl_of_bytes_and_truncated(tmp_path, lines, cut):
-    f, whole = tmp_path / "a.jsonl", b"\n".join(lines)
-    for content in (whole, whole[: max(0, len(whole) - cut)]):
-        f.write_bytes(content)
-        if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+def test_lines_of_bytes_and_cut_off(tmp_path, lines, n_cut):
+    content = b"\n".join(lines)
+    for part in (content, content[: max(0, len(content) - n_cut)]):
+        if part[:2] in (b"\xff\xfe", b"\xfe\xff"):
             continue  # UTF-16, by its mark
-        good, rejects = read(f)
-        assert len(good) + len(rejects) == sum(
-            1 for o in content.decode("utf-8-sig", "surrogateescape").split("\n") if o.strip()
-        )
-        f.with_suffix(".txt").write_bytes(content)
-        good, rejects = read(f.with_suffix(".txt"))
-        assert len(good) + len(rejects) == sum(
-            1 for o in content.decode("utf-8-sig", "surrogateescape").split("\n") if o.strip()
-        )
+        for name in ("a.jsonl", "a.txt"):
+            (tmp_path / name).write_bytes(part)
+            rows, rejects = read(tmp_path / name)
+            assert len(rows) + len(rejects) == filled_lines(part)
+
+
+def usable_contents(records):
+    "What is asked and answered in the records that can be used."
+    contents = []
+    for question, answer, _ in records:
+        is_valid = without_surrogates(question + answer) == question + answer
+        if is_valid and clean(question) and clean(answer):
+            contents.append([clean(question), clean(answer)])
+    return contents
 
 
 @FEW
@@ -329,236 +402,195 @@ def test_jsonl_of_bytes_and_truncated(tmp_path, lines, cut):
     st.sampled_from(["\n", "\r\n"]),
     st.integers(0, 30),
 )
-def test_csv_with_quotes_and_newlines(tmp_path, records, delimiter, end, cut):
-    out = io.StringIO()
-    csv.writer(out, delimiter=delimiter, lineterminator=end, quoting=csv.QUOTE_ALL).writerows(
-        [("question", "answer", "note"), *records]
+def test_csv_with_quotes_and_newlines(tmp_path, records, delimiter, line_end, n_cut):
+    table = io.StringIO()
+    writer = csv.writer(table, delimiter=delimiter, lineterminator=line_end, quoting=csv.QUOTE_ALL)
+    writer.writerows([("question", "answer", "note"), *records])
+    content = as_bytes(table.getvalue())
+    file = tmp_path / "a.csv"
+    file.write_bytes(content)
+    rows, rejects = read(file)
+    assert len(rows) + len(rejects) == len(records)
+    contents = [[m["content"] for m in row["messages"]] for row in rows]
+    assert contents == usable_contents(records)
+    # What stands before a cut is still read
+    file.write_bytes(content[: max(20, len(content) - n_cut)])
+    rows_before_cut, _ = read(file)
+    n_complete = max(0, len(rows_before_cut) - 1)
+    messages_before_cut = [row["messages"] for row in rows_before_cut[:n_complete]]
+    assert messages_before_cut == [row["messages"] for row in rows[:n_complete]]
+
+
+plain_words = words.map(without_surrogates)
+parquet_message = st.fixed_dictionaries(
+    dict(role=st.sampled_from(["user", "assistant", "robot"]), content=st.none() | plain_words)
+)
+parquet_row = st.fixed_dictionaries(
+    dict(
+        question=st.none() | plain_words,
+        answer=st.none() | plain_words,
+        tags=st.none() | st.lists(st.none() | plain_words, max_size=2),
+        nr=st.none() | st.integers(-9, 9),
+        raw=st.binary(max_size=3),
+        messages=st.none() | st.lists(parquet_message, max_size=3),
     )
-    f, whole = tmp_path / "a.csv", out.getvalue().encode("utf-8", "surrogatepass")
-    f.write_bytes(whole)
-    good, rejects = read(f)
-    assert len(good) + len(rejects) == len(records)
-    assert [[m["content"] for m in r["messages"]] for r in good] == [
-        [clean(q), clean(a)]
-        for q, a, _ in records
-        if clean(q) and clean(a) and plain(q + a) == q + a
+)
+PARQUET_SCHEMA = pa.schema(
+    [
+        ("question", pa.string()),
+        ("answer", pa.string()),
+        ("tags", pa.list_(pa.string())),
+        ("nr", pa.int64()),
+        ("raw", pa.binary()),
+        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
     ]
-    f.write_bytes(whole[: max(20, len(whole) - cut)])
-    again, rejects = read(f)
-    assert [r["messages"] for r in again[:-1]] == [
-        r["messages"] for r in good[: max(0, len(again) - 1)]
-    ]  # what stands before the cut is still read
+)
 
 
 @FEW
-@given(
-    st.lists(
-        st.fixed_dictionaries(
-            dict(
-                question=st.none() | words,
-                answer=st.none() | words,
-                tags=st.none() | st.lists(st.none() | words, max_size=2),
-                nr=st.none() | st.integers(-9, 9),
-                raw=st.binary(max_size=3),
-                messages=st.none()
-                | st.lists(
-                    st.fixed_dictionaries(
-                        dict(
-                            role=st.sampled_from(["user", "assistant", "robot"]),
-                            content=st.none() | words,
-                        )
-                    ),
-                    max_size=3,
-                ),
-            )
-        ),
-        min_size=1,
-        max_size=5,
-    )
-)
-def test_parquet_with_lists(tmp_path, some):
-    import pyarrow as pa, pyarrow.parquet as pq
-
-    schema = pa.schema(
-        [
-            ("question", pa.string()),
-            ("answer", pa.string()),
-            ("tags", pa.list_(pa.string())),
-            ("nr", pa.int64()),
-            ("raw", pa.binary()),
-            ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
-        ]
-    )
-    some = [
-        {
-            k: plain(v)
-            if isinstance(v, str)
-            else [
-                plain(o) if isinstance(o, str) else o and {n: o[n] and plain(o[n]) for n in o}
-                for o in v
-            ]
-            if isinstance(v, list)
-            else v
-            for k, v in r.items()
-        }
-        for r in some
-    ]
-    pq.write_table(pa.Table.from_pylist(some, schema), tmp_path / "a.parquet")
-    good, rejects = read(tmp_path / "a.parquet")
-    assert len(good) + len(rejects) == len(some)
+@given(st.lists(parquet_row, min_size=1, max_size=5))
+def test_parquet_with_lists(tmp_path, records):
+    pq.write_table(pa.Table.from_pylist(records, PARQUET_SCHEMA), tmp_path / "a.parquet")
+    rows, rejects = read(tmp_path / "a.parquet")
+    assert len(rows) + len(rejects) == len(records)
 
 
 def test_parquet_with_broken_text_loses_that_row_only(tmp_path):
-    import pyarrow as pa, pyarrow.parquet as pq
+    offsets = pa.py_buffer(b"\0\0\0\0\4\0\0\0\7\0\0\0\13\0\0\0")
+    texts = pa.py_buffer(b"Why?C\xe9?Who?")
+    questions = pa.Array.from_buffers(pa.string(), 3, [None, offsets, texts])
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table(dict(question=questions, answer=["a", "b", "c"])), file)
+    rows, rejects = read(file)
+    assert [row["messages"][0]["content"] for row in rows] == ["Why?", "Who?"]
+    assert [reject["source"] for reject in rejects] == ["a.parquet:2"]
+    assert "broken text" in rejects[0]["reason"]
 
-    broken = pa.Array.from_buffers(
-        pa.string(),
-        3,
-        [None, pa.py_buffer(b"\0\0\0\0\4\0\0\0\7\0\0\0\13\0\0\0"), pa.py_buffer(b"Why?C\xe9?Who?")],
-    )
-    pq.write_table(pa.table(dict(question=broken, answer=["a", "b", "c"])), tmp_path / "a.parquet")
-    good, rejects = read(tmp_path / "a.parquet")
-    assert (
-        [r["messages"][0]["content"] for r in good] == ["Why?", "Who?"]
-        and [r["source"] for r in rejects] == ["a.parquet:2"]
-        and "broken text" in rejects[0]["reason"]
-    )
-    whole = (tmp_path / "a.parquet").read_bytes()
-    (tmp_path / "a.parquet").write_bytes(whole[:-20])
+    file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(DatasetLoadError, match="no readable Parquet"):
-        load_rows(tmp_path / "a.parquet")
+        load_rows(file)
+
+
+REPEATED_ROLE = '{"messages": [{"role": "user", "role": "assistant", "content": "a"}]}'
+PICTURE = dict(role="user", content=[dict(type="image_url", url="x")])
 
 
 @pytest.mark.parametrize(
     "line, reason",
     [
-        ('{"question": "a", "question": "b", "answer": "c"}', "'question' stands twice"),
+        ('{"question": "a", "question": "b", "answer": "c"}', "'question' occurs twice"),
         ('{"question": "a", "answer', "no JSON"),
         ("[" * 100_000, "nested too deeply"),
         ('{"question": "a", "answer": ' + "9" * 5000 + "}", "no JSON"),
         ('{"question": "a", "answer": NaN}', "missing"),
         ('{"question": "\\ud800", "answer": "c"}', "broken text"),
         ('{"question": "a", "answer": {"b": null}}', "dict, not text"),
-        (
-            '{"messages": [{"role": "user", "role": "assistant", "content": "a"}]}',
-            "'role' stands twice",
-        ),
+        (REPEATED_ROLE, "'role' occurs twice"),
         ('["question", "answer"]', "a row is list"),
         ("null", "a row is NoneType"),
-        (
-            '{"messages": [{"role": "user", "content": [{"type": "image_url", "url": "x"}]}, {"role": "assistant", "content": "b"}]}',
-            "no text: 'image_url'",
-        ),
+        (json.dumps(dict(messages=[PICTURE, QA[1]])), "no text: 'image_url'"),
     ],
 )
-def test_what_a_bad_line_is_told(line, reason, tmp_path):
-    (tmp_path / "a.jsonl").write_text(
-        f"{json.dumps(SHAPES['qa'][0])}\n{line}\n{json.dumps(dict(question='Who?', answer='Me.'))}\n"
-    )
+def test_a_bad_line_costs_itself_and_says_why(line, reason, tmp_path):
+    first = json.dumps(dict(question="Why?", answer="Because."))
+    last = json.dumps(dict(question="Who?", answer="Me."))
+    (tmp_path / "a.jsonl").write_text(f"{first}\n{line}\n{last}\n")
     rows = load_rows(tmp_path / "a.jsonl")
-    assert (
-        [r["source"] for r in rows] == ["a.jsonl:1", "a.jsonl:3"]
-        and [r["source"] for r in rows.rejects] == ["a.jsonl:2"]
-        and reason in rows.rejects[0]["reason"]
-    )
+    assert [row["source"] for row in rows] == ["a.jsonl:1", "a.jsonl:3"]
+    assert [reject["source"] for reject in rows.rejects] == ["a.jsonl:2"]
+    assert reason in rows.rejects[0]["reason"]
+
+
+def test_an_answer_of_two_columns_beside_a_prompt_of_turns():
+    row = dict(ask=QA[:1], first="Because.", second="So.")
+    mapping = dict(question="ask", answer=["first", "second"])
+    assert to_row(row, mapping)["messages"][1]["content"] == "Because.\nSo."
 
 
 def test_ten_megabytes_in_a_field(tmp_path):
     big = dict(question="Why?", answer="so " * 3_500_000)
-    (tmp_path / "a.jsonl").write_text(json.dumps(big) + "\n" + json.dumps(SHAPES["qa"][0]))
-    _table(tmp_path / "b.csv", big, ",")
-    _parquet(tmp_path / "c.parquet", big)
+    small = dict(question="Why?", answer="Because.")
+    (tmp_path / "a.jsonl").write_text(json.dumps(big) + "\n" + json.dumps(small))
+    write_table(tmp_path / "b.csv", big, ",")
+    write_parquet(tmp_path / "c.parquet", big)
     rows = load_rows(tmp_path)
-    assert [len(r["messages"][1]["content"]) for r in rows] == [
-        10_499_999,
-        8,
-    ] and rows.reasons() == dict(duplicate=2)
+    assert [len(row["messages"][1]["content"]) for row in rows] == [10_499_999, 8]
+    assert rows.reasons() == dict(duplicate=2)
 
 
 @pytest.mark.slow
 def test_a_row_of_100_000_tokens_is_left_out_not_cut(tok):
     from finetune_kit.chat import encode_rows
 
+    long_answer = dict(role="assistant", content="so " * 50_000)
     rows = Rows(
         [
-            dict(
-                messages=[QA[0], dict(role="assistant", content="so " * 50_000)],
-                id="a",
-                source="a:1",
-            ),
+            dict(messages=[QA[0], long_answer], id="a", source="a:1"),
             dict(messages=QA, id="b", source="a:2"),
         ]
     )
-    assert (
-        [e["id"] for e in encode_rows(rows, tok)] == ["b"]
-        and rows.rejects[0]["source"] == "a:1"
-        and "too long" in rows.rejects[0]["reason"]
-    )
+    assert [encoded["id"] for encoded in encode_rows(rows, tok)] == ["b"]
+    assert rows.rejects[0]["source"] == "a:1"
+    assert "too long" in rows.rejects[0]["reason"]
 
 
 @settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    said=st.lists(words.map(plain).map(clean).filter(bool), min_size=2, max_size=5),
-    system=st.booleans(),
+    contents=st.lists(plain_words.map(clean).filter(bool), min_size=2, max_size=5),
+    with_system=st.booleans(),
 )
-def test_masks_of_any_text(tok, said, system):
-    "What is scored is what the assistant said, character by character and token by token, whatever that looks like."
-    from finetune_kit.chat import answer_spans, encode
+def test_masks_of_any_text(tok, contents, with_system):
+    "What is scored is what the assistant answered, by character and by token."
+    from finetune_kit.chat import encode
+    from finetune_kit.rendering import answer_spans
 
-    messages = [
-        dict(role=("user", "assistant")[i % 2], content=t)
-        for i, t in enumerate(said[: len(said) // 2 * 2])
-    ]
-    if system:
-        messages = [dict(role="system", content="Be brief."), *messages]
+    messages = [dict(role="system", content="Be brief.")] if with_system else []
+    n_messages = len(contents) // 2 * 2
+    for number, content in enumerate(contents[:n_messages]):
+        messages.append(dict(role=("user", "assistant")[number % 2], content=content))
     answers = [m["content"] + "<|end|>" for m in messages if m["role"] == "assistant"]
     for template in TEMPLATES:
         text, spans = answer_spans(messages, tok, template)
         lead = " " if template in ("llama2", "phi") else ""
-        assert [text[a:b] for a, b in spans] == [lead + a for a in answers]
-        e = encode(dict(messages=messages), tok, template)
-        assert len(e["input_ids"]) == len(e["labels"]) and all(
-            l in (-100, i) for i, l in zip(e["input_ids"], e["labels"])
-        )
+        assert [text[start:end] for start, end in spans] == [lead + answer for answer in answers]
+        encoded = encode(dict(messages=messages), tok, template)
+        pairs = list(zip(encoded["input_ids"], encoded["labels"], strict=True))
+        assert all(label in (-100, token) for token, label in pairs)
         if template is None:
-            assert tok.decode([i for i in e["labels"] if i != -100]) == "".join(answers)
+            assert scored_text(tok, encoded) == "".join(answers)
 
 
 # Merging, splitting, near-duplicates
 
 
 def test_merged_files_of_different_shapes(tmp_path):
-    for i, (shape, format) in enumerate(
-        [("qa", "jsonl"), ("messages", "list"), ("unnamed", "csv"), ("text", "parquet")]
-    ):
-        FORMATS[format][1](tmp_path / f"{i}{Path(FORMATS[format][0]).suffix}", SHAPES[shape][0])
+    files = [("qa", "jsonl"), ("messages", "list"), ("unnamed", "csv"), ("text", "parquet")]
+    for number, (shape, format) in enumerate(files):
+        name, write = FORMATS[format]
+        write(tmp_path / f"{number}{Path(name).suffix}", SHAPES[shape][0])
     rows = load_rows([tmp_path, tmp_path / "0.jsonl"], dedupe=None)
-    assert (
-        len(rows) == 5
-        and len(rows.detected()) == 4
-        and {r["source"] for r in rows} == {"0.jsonl:1", "1.json:1", "2.csv:2", "3.parquet:1"}
-    )
-    assert (
-        len(load_rows(tmp_path)) == 3
-        and load_rows(tmp_path).rejects[0]["reason"] == "duplicate of 0.jsonl:1"
-    )
+    assert len(rows) == 5
+    assert len(rows.detected()) == 4
+    sources = {row["source"] for row in rows}
+    assert sources == {"0.jsonl:1", "1.json:1", "2.csv:2", "3.parquet:1"}
+    unique = load_rows(tmp_path)
+    assert len(unique) == 3
+    assert unique.rejects[0]["reason"] == "duplicate of 0.jsonl:1"
 
 
 def test_a_hub_data_set_keeps_its_splits(tmp_path):
     import datasets
 
-    for s, n in (("train", 40), ("test", 7)):
-        datasets.Dataset.from_list(
-            [dict(question=f"{s} {i}?", answer=str(i)) for i in range(n)]
-        ).to_parquet(f"{tmp_path}/data/{s}-00000-of-00001.parquet")
+    for split, n_rows in (("train", 40), ("test", 7)):
+        records = [dict(question=f"{split} {i}?", answer=str(i)) for i in range(n_rows)]
+        file = tmp_path / f"data/{split}-00000-of-00001.parquet"
+        datasets.Dataset.from_list(records).to_parquet(str(file))
     splits = prepare_dataset(f"hub:{tmp_path}")
-    assert (
-        len(splits["test"]) == 7
-        and len(splits["train"]) + len(splits["validation"]) == 40
-        and all(r["source"].startswith("hub:") for r in splits["train"])
-    )
+    assert len(splits["test"]) == 7
+    assert len(splits["train"]) + len(splits["validation"]) == 40
+    assert all(row["source"].startswith("hub:") for row in splits["train"])
     with pytest.raises(DatasetLoadError, match="hub data set"):
         prepare_dataset(f"hub:{tmp_path}/nothing")
 
@@ -566,74 +598,79 @@ def test_a_hub_data_set_keeps_its_splits(tmp_path):
 @FEW
 @given(st.lists(st.text("ab c", max_size=30), max_size=12), st.sampled_from([0.2, 0.5, 0.8, 1.0]))
 def test_near_pairs_are_all_pairs(texts, threshold):
-    sets = [shingles(t) for t in texts]
-    sim = lambda i, j: len(sets[i] & sets[j]) / len(sets[i] | sets[j])
-    assert near_pairs(texts, threshold) == [
-        (i, j, sim(i, j)) for i in range(len(texts)) for j in range(i) if sim(i, j) >= threshold
-    ]
+    sets = [shingles(text) for text in texts]
+    expected = []
+    for later in range(len(texts)):
+        for earlier in range(later):
+            value = similarity(sets[later], sets[earlier])
+            if value >= threshold:
+                expected.append((later, earlier, value))
+    assert near_pairs(texts, threshold) == expected
 
 
-def test_counts_add_up_through_everything(tmp_path):
-    "rows + rejects = rows in the file, whatever is asked for."
-    lines = [
-        json.dumps(
-            dict(
-                question=f"What is the sum of {i} and {i + 1} as a plain number?",
-                answer=f"{i} + {i + 1} = <<{i}+{i + 1}={2 * i + 1}>>{2 * i + 1}\n#### {2 * i + 1}",
-                category="ab"[i % 2],
-            )
-        )
-        for i in range(200)
-    ]
-    lines += [
-        lines[0],
-        "broken",
-        '{"question": "alone"}',
-        json.dumps(dict(question="Why?", answer="Because.", category="a")),
-    ]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    for asked in (
-        dict(),
+def worked_sum(a):
+    "A math problem in GSM8K's notation."
+    b, total = a + 1, 2 * a + 1
+    return dict(
+        question=f"What is the sum of {a} and {b} as a plain number?",
+        answer=f"{a} + {b} = <<{a}+{b}={total}>>{total}\n#### {total}",
+        category="ab"[a % 2],
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
         dict(dedupe="near"),
         dict(variant="math"),
         dict(domain_tags=True, instruction="Be brief."),
         dict(dedupe=None),
-    ):
-        splits = prepare_dataset(tmp_path / "a.jsonl", **asked)
-        assert sum(len(r) + len(r.rejects) for r in splits.values()) == len(lines), asked
+    ],
+    ids=str,
+)
+def test_rows_and_rejects_add_up(options, tmp_path):
+    "Together they are what stands in the file, whatever is done to the rows."
+    lines = [json.dumps(worked_sum(a)) for a in range(200)]
+    why = json.dumps(dict(question="Why?", answer="Because.", category="a"))
+    lines += [lines[0], "broken", '{"question": "alone"}', why]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    splits = prepare_dataset(tmp_path / "a.jsonl", **options)
+    assert sum(len(rows) + len(rows.rejects) for rows in splits.values()) == len(lines)
     assert leaks(splits, 0.3).similarity.min() >= 0.3
 
 
 def test_splits_stay_put_in_any_order(tmp_path):
-    import random
-
+    file = tmp_path / "a.jsonl"
     lines = [json.dumps(dict(question=f"{i}?", answer=str(i))) for i in range(300)]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    before = {r["id"]: s for s, rows in prepare_dataset(tmp_path / "a.jsonl").items() for r in rows}
-    more = lines + [json.dumps(dict(question=f"new {i}?", answer="x")) for i in range(100)]
-    random.Random(0).shuffle(more)
-    (tmp_path / "a.jsonl").write_text("\n".join(more))
-    after = {r["id"]: s for s, rows in prepare_dataset(tmp_path / "a.jsonl").items() for r in rows}
-    assert len(after) == 400 and all(after[i] == s for i, s in before.items())
+
+    def split_of_ids():
+        splits = prepare_dataset(file)
+        return {row["id"]: split for split, rows in splits.items() for row in rows}
+
+    file.write_text("\n".join(lines))
+    before = split_of_ids()
+    lines += [json.dumps(dict(question=f"new {i}?", answer="x")) for i in range(100)]
+    random.Random(0).shuffle(lines)
+    file.write_text("\n".join(lines))
+    after = split_of_ids()
+    assert len(after) == 400
+    assert all(after[row_id] == split for row_id, split in before.items())
 
 
 def test_quick_load_is_ready_to_train(tok):
     from finetune_kit.data import quick_load
 
     ready = quick_load(ROOT / "data/domains", tok, max_samples=30)
-    assert (
-        list(ready) == ["train", "validation", "test"]
-        and len(ready["train"]) == 30
-        and set(ready["train"][0]) >= {"input_ids", "labels"}
-    )
+    assert list(ready) == ["train", "validation", "test"]
+    assert len(ready["train"]) == 30
+    assert set(ready["train"][0]) >= {"input_ids", "labels"}
 
 
 def test_reading_ahead_does_not_load_torch():
-    import subprocess, sys
-
     code = "import finetune_kit.data, sys; print(*sys.modules)"
-    assert not set(
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-        ).stdout.split()
-    ) & {"torch", "transformers", "datasets", "pandas"}
+    python = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    loaded = set(python.stdout.split())
+    assert not loaded & {"torch", "transformers", "datasets", "pandas"}

@@ -1,6 +1,15 @@
-"The service as its clients see it: a real server on loopback, the public `openai` client, and requests that nobody would send on purpose."
+"""The service as its clients see it: a real server on loopback and the public `openai` client.
 
-import json, os, threading, time
+And requests that nobody would send on purpose.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,25 +23,16 @@ KEY = "sk-test"
 def service(tmp_path_factory):
     "A server with the base, a run of the registry that cannot be loaded, and a small queue."
     from finetune_kit.engine import Engine
+    from finetune_kit.example_runs import THREE_LAYERS, example_record
     from finetune_kit.serve import create_app, serving
 
     d = tmp_path_factory.mktemp("served")
     os.environ["FINETUNE_KIT_RUNS"] = str(d)
-    (d / "train-broken-1" / "model").mkdir(parents=True)
-    (d / "train-broken-1" / "items.jsonl").write_text("")
-    from finetune_kit.dials import RunConfig
-
-    (d / "train-broken-1" / "run.json").write_text(
-        json.dumps(
-            dict(
-                id="train-broken-1",
-                experiment="train",
-                status="done",
-                config=RunConfig().model_dump(),
-                artifacts=dict(model="model"),
-            )
-        )
-    )
+    broken = d / "train-broken-1"
+    (broken / "model").mkdir(parents=True)
+    (broken / "items.jsonl").write_text("")
+    record = example_record("train-broken-1", THREE_LAYERS)
+    (broken / "run.json").write_text(json.dumps(record))
     app = create_app(
         {"base": ROOT / "data/tiny-base"},
         api_key=KEY,
@@ -43,7 +43,7 @@ def service(tmp_path_factory):
     with serving(app) as url:
         yield url, app
     del os.environ["FINETUNE_KIT_RUNS"]
-    assert not app.state.engine.thread.is_alive()
+    assert not app.state.service.engine.thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,10 @@ def ask(client, text, **more):
     )
 
 
+def streamed_text(chunks):
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+
 def test_models_are_listed(client):
     assert {m.id for m in client.models.list()} == {"base", "train-broken-1"}
     assert client.models.retrieve("base").owned_by == "finetune_kit"
@@ -74,48 +78,40 @@ def test_models_are_listed(client):
 
 def test_chat_streams_and_stops(client, own):
     question = "Where does the otter live?"
-    whole = ask(client, question, max_tokens=12)
-    said = whole.choices[0].message.content
-    assert (
-        said.strip() == own([[dict(role="user", content=question)]], 12)[0]
-        and whole.choices[0].finish_reason == "stop"
-    )
-    assert (
-        whole.usage.completion_tokens <= 12
-        and whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
-    )
-    chunks = list(
-        ask(client, question, max_tokens=12, stream=True, stream_options=dict(include_usage=True))
-    )
-    pieces = [c.choices[0].delta.content or "" for c in chunks if c.choices]
-    assert (
-        "".join(pieces) == said
-        and sum(map(bool, pieces)) > 2
-        and chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
-    )
+    response = ask(client, question, max_tokens=12)
+    text = response.choices[0].message.content
+    usage = response.usage
+    assert text.strip() == own([[dict(role="user", content=question)]], 12)[0]
+    assert response.choices[0].finish_reason == "stop"
+    assert usage.completion_tokens <= 12
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+
+    with_usage = dict(stream=True, stream_options=dict(include_usage=True))
+    chunks = list(ask(client, question, max_tokens=12, **with_usage))
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(pieces) == text
+    assert sum(map(bool, pieces)) > 2
+    assert chunks[-1].usage.completion_tokens == usage.completion_tokens
+
     assert ask(client, question, max_tokens=2).choices[0].finish_reason == "length"
-    cut = ask(client, question, max_tokens=12, stop=[said[5:8]])
-    assert (
-        cut.choices[0].message.content == said[: said.find(said[5:8])]
-        and cut.choices[0].finish_reason == "stop"
-    )
+    stopped = ask(client, question, max_tokens=12, stop=[text[5:8]]).choices[0]
+    assert stopped.message.content == text[: text.find(text[5:8])]
+    assert stopped.finish_reason == "stop"
 
 
 def test_text_is_continued(client, own):
-    done = client.completions.create(
-        model="base", prompt=["The otter lives in", "The puffin eats"], max_tokens=4
-    )
-    assert [c.text.strip() for c in done.choices] == own(
-        ["The otter lives in", "The puffin eats"], 4
-    )
+    prompts = ["The otter lives in", "The puffin eats"]
+    response = client.completions.create(model="base", prompt=prompts, max_tokens=4)
+    assert [choice.text.strip() for choice in response.choices] == own(prompts, 4)
 
 
 def test_draws_come_again_with_their_seed(client):
-    draws = [
-        ask(client, "Hello!", temperature=2.0, seed=s, max_tokens=16).choices[0].message.content
-        for s in (1, 1, 2, 3)
-    ]
-    assert draws[0] == draws[1] and len(set(draws)) > 1
+    draws = []
+    for seed in (1, 1, 2, 3):
+        response = ask(client, "Hello!", temperature=2.0, seed=seed, max_tokens=16)
+        draws.append(response.choices[0].message.content)
+    assert draws[0] == draws[1]
+    assert len(set(draws)) > 1
 
 
 @pytest.mark.parametrize(
@@ -136,12 +132,12 @@ def test_draws_come_again_with_their_seed(client):
     ],
 )
 def test_errors_say_what_is_wrong(client, error, status, text, change):
-    with pytest.raises(getattr(openai, error)) as e:
-        client.chat.completions.create(
-            **dict(model="base", messages=[dict(role="user", content="a")]) | change
-        )
-    assert e.value.status_code == status and text in e.value.body["message"]
-    assert ask(client, "Hello!", max_tokens=2).choices  # it is still there
+    body = dict(model="base", messages=[dict(role="user", content="a")]) | change
+    with pytest.raises(getattr(openai, error)) as raised:
+        client.chat.completions.create(**body)
+    assert raised.value.status_code == status
+    assert text in raised.value.body["message"]
+    assert ask(client, "Hello!", max_tokens=2).choices, "the service goes on"
 
 
 def test_key_and_json(service):
@@ -154,51 +150,51 @@ def test_key_and_json(service):
         content='{"model": ',
         headers={"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"},
     )
-    assert bad.status_code == 422 and bad.json()["error"]["code"] == "malformed"
+    assert bad.status_code == 422
+    assert bad.json()["error"]["code"] == "malformed"
     assert httpx.get(service[0] + "/health").json()["status"] == "ok"
 
 
 def test_many_at_once_answer_as_alone(service, client, own):
     "32 at the same time, half of them streams: each answer is its single-request twin's."
-    words = "moon gate duck wolf rain cup hill boat".split()
-    asked = [
-        f"{verb}: {a} {b} {c}"
-        for verb in ("Repeat", "Reverse")
-        for a, b, c in zip(words * 2, words[1:] * 3, words[3:] * 4)
-    ][:32]
+    words = ["moon", "gate", "duck", "wolf", "rain", "cup", "hill", "boat"]
+    triples = list(zip(words * 2, words[1:] * 3, words[3:] * 4, strict=False))
+    questions = []
+    for verb in ("Repeat", "Reverse"):
+        questions += [f"{verb}: {' '.join(triple)}" for triple in triples]
+    questions = questions[:32]
 
-    def one(i):
-        if i % 2:
-            return ask(client, asked[i], max_tokens=10).choices[0].message.content
-        return "".join(
-            c.choices[0].delta.content or ""
-            for c in ask(client, asked[i], max_tokens=10, stream=True)
-        )
+    def answer(place):
+        if place % 2:
+            return ask(client, questions[place], max_tokens=10).choices[0].message.content
+        return streamed_text(ask(client, questions[place], max_tokens=10, stream=True))
 
-    service[1].state.engine.batches.clear()
+    engine = service[1].state.service.engine
+    engine.batches.clear()
     with ThreadPoolExecutor(32) as pool:
-        together = list(pool.map(one, range(32)))
-    assert [t.strip() for t in together] == own([[dict(role="user", content=q)] for q in asked], 10)
-    assert max(service[1].state.engine.batches) > 4  # they did share batches
+        together = list(pool.map(answer, range(32)))
+    alone = own([[dict(role="user", content=question)] for question in questions], 10)
+    assert [text.strip() for text in together] == alone
+    assert max(engine.batches) > 4, "they did share batches"
 
 
 def test_a_client_that_leaves_ends_its_answer(service, client, monkeypatch):
     "A stream that is closed, and a call that is given up, stop long before their 450 tokens."
-    import finetune_kit.serve as serve
+    from finetune_kit import engine
 
-    seen, complete = [], serve.complete
+    requests_begun = []
+    complete = engine.complete
 
-    def slowly(
-        model, tok, requests
-    ):  # else a fast machine ends 450 tokens before the client gives up
-        seen.extend(requests)
+    def complete_slowly(model, tokenizer, requests):
+        "Else a fast machine ends 450 tokens before the client gives up."
+        requests_begun.extend(requests)
         hook = model.register_forward_pre_hook(lambda *_: time.sleep(0.01))
         try:
-            return complete(model, tok, requests)
+            return complete(model, tokenizer, requests)
         finally:
             hook.remove()
 
-    monkeypatch.setattr(serve, "complete", slowly)
+    monkeypatch.setattr(engine, "complete", complete_slowly)
     long = dict(model="base", prompt="Once", max_tokens=450, temperature=5.0, seed=0)
     stream = client.completions.create(**long, stream=True)
     next(iter(stream))
@@ -206,10 +202,12 @@ def test_a_client_that_leaves_ends_its_answer(service, client, monkeypatch):
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=0.5).completions.create(**long)
     ask(client, "Hello!", max_tokens=1)  # comes after both
-    cut = [
-        r for r in seen if r.max_new_tokens == 450
-    ]  # one that was given up in the queue is never begun
-    assert cut and all(r.reason == "cancelled" and len(r.new_ids) < 450 for r in cut)
+    # One that was given up while it waited is never begun
+    abandoned = [request for request in requests_begun if request.max_new_tokens == 450]
+    assert abandoned
+    for request in abandoned:
+        assert request.reason == "cancelled"
+        assert len(request.new_ids) < 450
 
 
 def test_metrics_count_tokens(service, client):
@@ -217,16 +215,10 @@ def test_metrics_count_tokens(service, client):
 
     def written():
         text = httpx.get(service[0] + "/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
-        return float(
-            next(
-                (
-                    l
-                    for l in text.splitlines()
-                    if l.startswith('finetune_kit_tokens_total{kind="completion"}')
-                ),
-                "0",
-            ).split()[-1]
-        )
+        for line in text.splitlines():
+            if line.startswith('finetune_kit_tokens_total{kind="completion"}'):
+                return float(line.split()[-1])
+        return 0.0
 
     before = written()
     used = ask(client, "Hello!", max_tokens=3).usage.completion_tokens
@@ -234,27 +226,34 @@ def test_metrics_count_tokens(service, client):
 
 
 def test_a_full_queue_says_so(service, client):
-    engine, held = service[1].state.engine, threading.Event()
-    load, engine.load = engine.load, lambda *a, **k: held.wait(60) and load(*a, **k)
-    loaded = dict(engine.loaded)
-    engine.loaded.clear()
+    models = service[1].state.service.engine.models
+    may_load = threading.Event()
+    load = models.load
+
+    def load_later(*args, **options):
+        may_load.wait(60)
+        return load(*args, **options)
+
+    def status_of_one(_):
+        try:
+            ask(client, "Hello!", max_tokens=1)
+        except openai.RateLimitError as error:
+            assert error.response.headers["Retry-After"] == "1"
+            return 429
+        return 200
+
+    models.load = load_later
+    models.loaded.clear()
     with ThreadPoolExecutor(60) as pool:
-
-        def one(i):
-            try:
-                return ask(client, "Hello!", max_tokens=1) and 200
-            except openai.RateLimitError as e:
-                assert e.response.headers["Retry-After"] == "1"
-                return 429
-
-        futures = [pool.submit(one, i) for i in range(60)]
+        futures = [pool.submit(status_of_one, place) for place in range(60)]
         deadline = time.time() + 60
-        while sum(f.done() for f in futures) < 4 and time.time() < deadline:
+        while sum(future.done() for future in futures) < 4 and time.time() < deadline:
             time.sleep(0.1)
-        held.set()
-        statuses = [f.result() for f in futures]
-    engine.load = load
-    assert set(statuses) == {200, 429} and statuses.count(429) >= 4 and loaded
+        may_load.set()
+        statuses = [future.result() for future in futures]
+    models.load = load
+    assert set(statuses) == {200, 429}
+    assert statuses.count(429) >= 4
 
 
 @pytest.mark.slow
@@ -264,104 +263,100 @@ def test_no_request_breaks_the_service(service):
     from hypothesis import HealthCheck, given, settings
 
     schema = schemathesis.openapi.from_url(service[0] + "/openapi.json")
-    tried = []
+    statuses = []
 
-    def attack(operation, mode, change=lambda case: None):
+    def attack(operation, mode, names_model=False):
         @given(operation.ok().as_strategy(generation_mode=mode))
         @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
-        def each(case):
-            change(case)
+        def send(case):
+            if names_model and isinstance(case.body, dict):
+                case.body = case.body | dict(model="base", max_tokens=2)
             response = case.call(headers={"Authorization": f"Bearer {KEY}"}, timeout=300)
-            tried.append(response.status_code)
-            assert (
-                response.status_code < 500 or response.json()["error"]["code"] == "model_not_loaded"
-            ), response.text
+            statuses.append(response.status_code)
+            if response.status_code >= 500:
+                assert response.json()["error"]["code"] == "model_not_loaded", response.text
 
-        each()
-
-    def served(case):
-        case.body = (
-            case.body | dict(model="base", max_tokens=2)
-            if isinstance(case.body, dict)
-            else case.body
-        )
+        send()
 
     for operation in schema.get_all_operations():
         attack(operation, schemathesis.GenerationMode.POSITIVE)
-        if not operation.ok().body:
-            continue
-        attack(
-            operation, schemathesis.GenerationMode.POSITIVE, served
-        )  # a made-up model would end nearly all of them
-        attack(operation, schemathesis.GenerationMode.NEGATIVE)
-    assert len(tried) > 50 and {200, 422} <= set(tried)
+        if operation.ok().body:
+            # A made-up model would end nearly all of them
+            attack(operation, schemathesis.GenerationMode.POSITIVE, names_model=True)
+            attack(operation, schemathesis.GenerationMode.NEGATIVE)
+    assert len(statuses) > 50
+    assert {200, 422} <= set(statuses)
 
 
-@pytest.mark.slow
-def test_a_minute_of_32_streams(tmp_path):
-    "Every answer is the one that a request alone gets, and the process does not grow."
-    import psutil, socket, subprocess, sys
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+@pytest.fixture
+def served_by_command():
+    "The URL of `finetune-kit serve` in a process of its own, and that process."
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve = [
+        "serve",
+        "--port",
+        str(port),
+        "--no-runs",
+        "--model",
+        f"base={ROOT / 'data/tiny-base'}",
+    ]
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "from finetune_kit.cli import main; main()",
-            "serve",
-            "--port",
-            str(port),
-            "--no-runs",
-            "--model",
-            f"base={ROOT / 'data/tiny-base'}",
-        ],
+        [sys.executable, "-c", "from finetune_kit.cli import main; main()", *serve],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd=ROOT,
     )
-    client = openai.OpenAI(
-        base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0, timeout=300
-    )
-    asked = [
-        f"{'Repeat' if n % 2 else 'Reverse'}: {' '.join(('moon gate duck wolf rain cup hill boat'.split() * 2)[n % 8 : n % 8 + 2 + n // 8])}"
-        for n in range(32)
-    ]
-
-    def stream(q):
-        return "".join(
-            c.choices[0].delta.content or ""
-            for c in ask(client, q, max_tokens=16, stream=True)
-            if c.choices
-        )
-
     try:
-        deadline = time.time() + 300
-        while True:
-            try:
-                client.models.list()
-                break
-            except openai.APIConnectionError:
-                assert process.poll() is None and time.time() < deadline, (
-                    "the service did not start"
-                )
-                time.sleep(0.5)
-        twins = {q: ask(client, q, max_tokens=16).choices[0].message.content for q in asked}
-        assert len(set(twins.values())) > 8
-        memory, wrong, rounds, start = [], [], 0, time.time()
-        with ThreadPoolExecutor(32) as pool:
-            while time.time() - start < 75:  # the first fifteen seconds warm up
-                wrong += [q for q, said in zip(asked, pool.map(stream, asked)) if said != twins[q]]
-                rounds += 1
-                memory.append(
-                    (time.time() - start, psutil.Process(process.pid).memory_info().rss / 2**20)
-                )
-        warm = [m for t, m in memory if t > 15]
-        print(
-            f"{32 * rounds} streams; resident memory {warm[0]:.0f} MiB after 15 s, {warm[-1]:.0f} after 75 s"
-        )
-        assert not wrong and len(warm) > 4 and warm[-1] < warm[0] + 16, (wrong[:3], memory)
+        yield f"http://127.0.0.1:{port}", process
     finally:
         process.terminate()
         process.wait(60)
+
+
+def wait_until_up(client, process):
+    deadline = time.time() + 300
+    while True:
+        try:
+            client.models.list()
+            return
+        except openai.APIConnectionError:
+            assert process.poll() is None, "the service did not start"
+            assert time.time() < deadline, "the service did not start"
+            time.sleep(0.5)
+
+
+@pytest.mark.slow
+def test_a_minute_of_32_streams(served_by_command):
+    "Every answer is the one that a request alone gets, and the process does not grow."
+    import psutil
+
+    url, process = served_by_command
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0, timeout=300)
+    wait_until_up(client, process)
+    words = ["moon", "gate", "duck", "wolf", "rain", "cup", "hill", "boat"] * 2
+    questions = []
+    for n in range(32):
+        verb = "Repeat" if n % 2 else "Reverse"
+        questions.append(f"{verb}: {' '.join(words[n % 8 : n % 8 + 2 + n // 8])}")
+
+    def stream(question):
+        return streamed_text(ask(client, question, max_tokens=16, stream=True))
+
+    alone = []
+    for question in questions:
+        alone.append(ask(client, question, max_tokens=16).choices[0].message.content)
+    assert len(set(alone)) > 8
+
+    memory = []  # (seconds since the start, MiB)
+    start = time.time()
+    with ThreadPoolExecutor(32) as pool:
+        while time.time() - start < 75:  # the first fifteen seconds warm up
+            assert list(pool.map(stream, questions)) == alone
+            mib = psutil.Process(process.pid).memory_info().rss / 2**20
+            memory.append((time.time() - start, mib))
+    warm = [mib for seconds, mib in memory if seconds > 15]
+    print(f"resident memory {warm[0]:.0f} MiB after 15 s, {warm[-1]:.0f} after 75 s")
+    assert len(warm) > 4
+    assert warm[-1] < warm[0] + 16, memory

@@ -1,9 +1,25 @@
-"Layer studies across processes: papermill runs, a study killed with SIGKILL, layers read from disk within their memory."
+"""Layer studies across processes: papermill runs and a study killed with SIGKILL.
 
-import json, multiprocessing, signal, subprocess, sys, time
+And layers read from disk within their memory.
+"""
 
-import pandas as pd, pytest, torch
+import json
+import multiprocessing
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import torch
 from conftest import ROOT
+
+from finetune_kit.batches import batches
+from finetune_kit.chat import encode_rows
+from finetune_kit.importance import drop_one
+from finetune_kit.model import load_model
+from finetune_kit.rows import load_rows
 
 
 def one_run(runs):
@@ -23,25 +39,23 @@ def test_layer_study(warm, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     folder, info = one_run(tmp_path / "runs")
-    assert info["status"] == "done" and info["metrics"]["base"]["nll"] > 0
-    ones, ends, cheap = (
-        pd.read_csv(folder / f"{name}.csv") for name in ("drop_one", "truncations", "atlas")
+    assert info["status"] == "done"
+    assert info["metrics"]["base"]["nll"] > 0
+    ones, ends, cheap, removed = (
+        pd.read_csv(folder / f"{name}.csv")
+        for name in ("drop_one", "truncations", "atlas", "greedy")
     )
-    assert (
-        ones.layer.tolist() == list(range(12))
-        and (ones.lo <= ones.delta).all()
-        and (ones.delta <= ones.hi).all()
-    )
-    assert abs(ends.delta.iloc[-1]) < 1e-6 and abs(cheap.nll - ends.nll).max() < 1e-5, (
-        "the logit lens is the truncation"
-    )
-    removed = pd.read_csv(folder / "greedy.csv")
-    assert (
-        removed.layer.iloc[0] == ones.delta.idxmin()
-        and abs(removed.delta.iloc[0] - ones.delta.min()) < 1e-5
-    )
+    assert ones.layer.tolist() == list(range(12))
+    assert (ones.lo <= ones.delta).all()
+    assert (ones.delta <= ones.hi).all()
+    assert abs(ends.delta.iloc[-1]) < 1e-6
+    assert abs(cheap.nll - ends.nll).max() < 1e-5, "the logit lens is the truncation"
+    assert removed.layer.iloc[0] == ones.delta.idxmin()
+    assert abs(removed.delta.iloc[0] - ones.delta.min()) < 1e-5
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png") >= 5 and "dearest layer" in page and "<progress" not in page
+    assert page.count("data:image/png") >= 5
+    assert "dearest layer" in page
+    assert "<progress" not in page
 
 
 @pytest.mark.parametrize(
@@ -49,7 +63,9 @@ def test_layer_study(warm, tmp_path):
 )
 def test_layer_study_refuses(warm, tmp_path, dial, says):
     done = warm(tmp_path / "out.ipynb", tmp_path / "runs", "nbs/layer_study.ipynb", **dial)
-    assert done.returncode != 0 and says in done.stderr and not (tmp_path / "runs").exists()
+    assert done.returncode != 0
+    assert says in done.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow
@@ -65,96 +81,112 @@ def test_prune_heal(warm, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     folder, info = one_run(tmp_path / "runs")
-    assert info["status"] == "done" and list(info["metrics"]["healed"]) == ["6", "7", "8"]
+    assert info["status"] == "done"
+    assert list(info["metrics"]["healed"]) == ["6", "7", "8"]
     cuts = pd.read_csv(folder / "cuts.csv")
-    assert cuts.layer.tolist() == [6, 7, 8] and (cuts["from"] <= cuts["healed − control"]).all()
-    assert sorted(f.parent.name for f in (folder / "cuts").glob("*/items.json")) == [
-        "control",
-        "without-6",
-        "without-7",
-        "without-8",
-    ] and not list((folder / "cuts").glob("*/checkpoints"))
+    assert cuts.layer.tolist() == [6, 7, 8]
+    assert (cuts["from"] <= cuts["healed − control"]).all()
+    kept = sorted(file.parent.name for file in (folder / "cuts").glob("*/items.json"))
+    assert kept == ["control", "without-6", "without-7", "without-8"]
+    assert not list((folder / "cuts").glob("*/checkpoints"))
 
 
 @pytest.fixture
 def text():
     "The embedded base, and six batches."
-    from finetune_kit.chat import encode_rows
-    from finetune_kit.batches import batches
-    from finetune_kit.rows import load_rows
-    from finetune_kit.model import load_model
-
     model, tok = load_model(ROOT / "data/tiny-base", backend="transformers", device="cpu")
-    return model, batches(
-        encode_rows(load_rows(ROOT / "data/domains", "validation", max_rows=24), tok), 4
-    )
+    rows = load_rows(ROOT / "data/domains", "validation", max_rows=24)
+    return model, batches(encode_rows(rows, tok), 4)
 
 
 def test_a_study_goes_on_for_the_same_weights_only(text, tmp_path):
-    from finetune_kit.importance import drop_one
-
     model, some = text
     before = drop_one(model, some[:2], resume=tmp_path)
     model.model.layers[3].self_attn.o_proj.weight.data[:, 32:64] = 0  # one head
     after = drop_one(model, some[:2], resume=tmp_path)
-    assert (
-        after.attrs["baseline"] != before.attrs["baseline"]
-        and after.delta.tolist() == drop_one(model, some[:2]).delta.tolist()
-    )
+    assert after.attrs["baseline"] != before.attrs["baseline"]
+    assert after.delta.tolist() == drop_one(model, some[:2]).delta.tolist()
+
+
+def slow_study(text, folder, pipe):
+    "In a child: tell of every step, and take a while for it."
+    torch.set_num_threads(1)
+
+    def tell(done, total):
+        pipe.send(done)
+        time.sleep(0.1)
+
+    drop_one(*text, resume=folder, progress=tell)
 
 
 def test_a_killed_study_goes_on(text, tmp_path):
-    from finetune_kit.importance import drop_one
-
     fork = multiprocessing.get_context("fork")
     here, there = fork.Pipe()
-
-    def study():
-        torch.set_num_threads(1)
-        drop_one(
-            *text,
-            resume=tmp_path / "a",
-            progress=lambda done, total: (there.send(done), time.sleep(0.1)),
-        )
-
-    process = fork.Process(target=study)
+    process = fork.Process(target=slow_study, args=(text, tmp_path / "a", there))
     process.start()
     while here.recv() < 30:
         pass
     process.kill()
     process.join()
-    assert (
-        process.exitcode == -signal.SIGKILL and len(list((tmp_path / "a").glob("walk-*.json"))) == 2
-    ), "two batches of six were through their 12 layers"
+    assert process.exitcode == -signal.SIGKILL
+    kept = list((tmp_path / "a").glob("walk-*.json"))
+    assert len(kept) == 2, "two batches of six were through their 12 layers"
     again, whole = drop_one(*text, resume=tmp_path / "a"), drop_one(*text)
     pd.testing.assert_frame_equal(again, whole, check_exact=True)
 
 
 STREAMED = """
-import json, resource, sys, torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+import resource
+import sys
+
+import accelerate
+import safetensors
+import torch
 from finetune_kit.importance import drop_one
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+
+def llama(**shape):
+    return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=64, **shape))
+
+
+def peak_mib():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+folder, what = sys.argv[1:]
 ids = torch.randint(3, 64, (2, 8), generator=torch.Generator().manual_seed(0))
 batch = [dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)]
-if sys.argv[2] == "write": AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=64, hidden_size=1024, intermediate_size=4096, num_hidden_layers=16, num_attention_heads=8, num_key_value_heads=8)).save_pretrained(sys.argv[1])
+if what == "write":
+    large = llama(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=16,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+    large.save_pretrained(folder)
 else:
-    import finetune_kit.importance, accelerate, safetensors
-    drop_one(AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)).eval(), batch)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    table = drop_one(sys.argv[1], batch, stream=True)
-    print("RESULT", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before)/2**10, len(table))
+    small = llama(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    drop_one(small.eval(), batch)  # what is imported on the way does not count
+    before = peak_mib()
+    table = drop_one(folder, batch, stream=True)
+    print("RESULT", peak_mib() - before, len(table))
 """
 
 
 @pytest.mark.slow
 def test_streamed_layers_leave_memory_again(tmp_path):
-    "16 layers of 64 MiB: 1 GiB in all; read one at a time, they never stand in memory together (pages of the files count until the kernel wants them)."
+    """16 layers of 64 MiB: 1 GiB in all; read one at a time, they never stand in memory together.
+
+    Pages of the files count until the kernel wants them.
+    """
     for what in ("write", "study"):
-        done = subprocess.run(
-            [sys.executable, "-c", STREAMED, str(tmp_path), what],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
+        command = [sys.executable, "-c", STREAMED, str(tmp_path), what]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     _, mib, layers = done.stdout.split()
-    assert int(layers) == 16 and float(mib) < 700, done.stdout
+    assert int(layers) == 16
+    assert float(mib) < 700

@@ -1,208 +1,281 @@
-"Cutting what unsloth loaded, its merge, mergekit's own run, and the names of per-layer facts. unsloth patches the process, so each use of it has its own."
+"""
+Cutting what unsloth loaded, its merge, mergekit's own run, and the names of per-layer facts.
 
-import json, os, subprocess, sys
+unsloth patches the process that imports it, so each use of it has a process of its own.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
 
 import pytest
+import torch
+import yaml
 from conftest import ROOT
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-HELPERS = """
-import sys, torch
-from pathlib import Path
-from finetune_kit.logs import quiet
-from finetune_kit.model import remembered, add_lora, load_model, lora_targets, merge_lora, n_layers
+from finetune_kit.architecture import FIRST_LAYERS, LAST_LAYERS, LAYER_NUMBERS, PER_LAYER
+from finetune_kit.model import load_model
 from finetune_kit.plan import drop
+from finetune_kit.recipes import mergekit_recipe
+from finetune_kit.surgery import apply_plan, save_cut
+
+SETUP = """
+import sys
+from pathlib import Path
+
+import torch
+
 from finetune_kit.architecture import decoder_layers
+from finetune_kit.logs import quiet
+from finetune_kit.model import add_lora, load_model, merge_lora, n_layers, remembered
+from finetune_kit.plan import drop
 from finetune_kit.surgery import apply_plan, load_for_inference, save_adapter, save_cut, skipping
+
 out = Path(sys.argv[1])
 ids = torch.arange(3, 15)[None]
+torch.set_grad_enabled(False)
+
+
+def load(name, **options):
+    with quiet():
+        return load_model(name, **options)
+
+
+def logits_of(model):
+    return model(ids, use_cache=False).logits
+
+
+def hand_through(module, args, kwargs, output):
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
 
 def handed_through(model, plan):
-    def hook(m, args, kwargs, output):
-        h = args[0] if args else kwargs["hidden_states"]
-        return (h, *output[1:]) if isinstance(output, tuple) else h
-    hooks = [decoder_layers(model)[i].register_forward_hook(hook, with_kwargs=True) for i in plan.dropped]
-    logits = model(ids, use_cache=False).logits
-    for h in hooks: h.remove()
+    layers = [decoder_layers(model)[i] for i in plan.dropped]
+    hooks = [layer.register_forward_hook(hand_through, with_kwargs=True) for layer in layers]
+    logits = logits_of(model)
+    for hook in hooks:
+        hook.remove()
     return logits
 
-def greedy(model, use_cache): return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, use_cache=use_cache, eos_token_id=None, pad_token_id=0)
+
+def greedy(model, use_cache):
+    options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    mask = torch.ones_like(ids)
+    return model.generate(input_ids=ids, attention_mask=mask, use_cache=use_cache, **options)
+
 
 def adapted(model):
     lora = add_lora(model, r=4)
-    for name, p in lora.named_parameters(): p.data += torch.randn_like(p)*.05 if "lora_B" in name else 0
+    for name, parameter in lora.named_parameters():
+        if "lora_B" in name:
+            parameter.data += torch.randn_like(parameter) * 0.05
     return lora.eval()
+"""
 
-torch.set_grad_enabled(False)
+CUT_AND_RELOAD = """
+quant = sys.argv[2] or None
+model, tokenizer = load("data/tiny-base", quant=quant, backend="unsloth")
+assert remembered(model).backend == "unsloth"
+plan = drop(model, "0,7")
+whole_logits = logits_of(model)
+facts = model.config.to_dict()
+expected = handed_through(model, plan)
+
+with skipping(model, plan):
+    assert torch.equal(logits_of(model), expected)
+    assert torch.equal(greedy(model, True), greedy(model, False))
+assert torch.equal(logits_of(model), whole_logits)
+assert model.config.to_dict() == facts
+
+apply_plan(model, plan)
+assert torch.equal(logits_of(model), expected)
+assert torch.equal(greedy(model, True), greedy(model, False))
+
+lora = adapted(model)
+expected = lora(ids).logits
+save_adapter(lora, tokenizer, out / "adapter", "data/tiny-base", plan)
+with quiet():
+    reloaded, _ = load_for_inference(out / "adapter", quant=quant, backend="unsloth")
+assert n_layers(reloaded) == 10
+assert torch.allclose(reloaded(ids).logits, expected, atol=1e-4)
+
+if quant is None:
+    folder = save_cut(merge_lora(lora), tokenizer, out / "merged")
+    merged, _ = load(folder, backend="transformers")
+    assert torch.allclose(merged(ids).logits, expected, atol=1e-4)
+"""
+
+MERGE_BY_SHARDS = """
+import unsloth
+from transformers import AutoModelForCausalLM
+from unsloth_zoo.saving_utils import merge_and_overwrite_lora
+
+
+def reload(folder):
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def model_name(name, load_in_4bit=False):
+    return name
+
+
+def by_shards(lora, folder):
+    with quiet():
+        merge_and_overwrite_lora(model_name, lora, tokenizer, save_directory=str(folder))
+    return reload(folder)
+
+
+def is_right(model):
+    "Merged in 16 bits, so close is as near as it comes."
+    return torch.allclose(model(ids).logits.softmax(-1), expected.softmax(-1), atol=0.02)
+
+
+model, tokenizer = load("data/tiny-base", backend="unsloth")
+whole_name = model.config._name_or_path
+plan = drop(model, 7)
+lora = adapted(apply_plan(model, plan))
+expected = lora(ids).logits
+
+with quiet():
+    lora.save_pretrained_merged(str(out / "memory"), tokenizer)
+print("in memory, on a CPU:", "right" if is_right(reload(out / "memory")) else "wrong")
+
+try:
+    by_shards(lora, out / "marked")
+except Exception as e:
+    print("refused:", str(e)[:300])
+else:
+    raise AssertionError("merged from " + lora.config._name_or_path)
+
+# As it would be without the mark that apply_plan leaves
+lora.config._name_or_path = whole_name
+from_whole_base = by_shards(lora, out / "wrong")
+print("whole base:", n_layers(from_whole_base), "layers by its configuration")
+assert not is_right(from_whole_base)
+
+model, tokenizer = load("data/tiny-base", backend="unsloth")
+save_cut(apply_plan(model, plan), tokenizer, out / "cut")
+lora = adapted(model)
+expected = lora(ids).logits
+from_cut_base = by_shards(lora, out / "right")
+assert n_layers(from_cut_base) == 11
+assert is_right(from_cut_base)
 """
 
 
-def unsloth_process(code, folder):
-    done = subprocess.run(
-        [sys.executable, "-c", HELPERS + code, str(folder)],
+def run_with_unsloth(code, *arguments):
+    result = subprocess.run(
+        [sys.executable, "-c", SETUP + code, *map(str, arguments)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=600,
     )
-    if "it cannot be imported" in done.stderr:
+    if "it cannot be imported" in result.stderr:
         pytest.skip("unsloth cannot be imported here")
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    assert result.returncode == 0, result.stderr[-3000:]
 
 
-@pytest.mark.parametrize("quant", [None, pytest.param("4bit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("quant", ["", pytest.param("4bit", marks=pytest.mark.slow)])
 def test_loaded_by_unsloth(tmp_path, quant):
-    "Skipped and cut as hooks say, to the bit; restored exactly; the adapter comes back, and the merged model too."
-    unsloth_process(
-        f"quants = [{quant!r}]"
-        + """
-for quant in quants:
-    with quiet(): model, tok = load_model("data/tiny-base", quant=quant, backend="unsloth")
-    assert remembered(model).backend == "unsloth"
-    plan = drop(model, "0,7")
-    before, expect, facts = model(ids, use_cache=False).logits, handed_through(model, plan), model.config.to_dict()
-    with skipping(model, plan):
-        assert torch.equal(model(ids, use_cache=False).logits, expect) and torch.equal(greedy(model, True), greedy(model, False))
-    assert torch.equal(model(ids, use_cache=False).logits, before) and model.config.to_dict() == facts
-    apply_plan(model, plan)
-    assert torch.equal(model(ids, use_cache=False).logits, expect) and torch.equal(greedy(model, True), greedy(model, False))
-
-    lora = adapted(model)
-    expect = lora(ids).logits
-    save_adapter(lora, tok, out/f"adapter-{quant}", "data/tiny-base", plan)
-    with quiet(): again, _ = load_for_inference(out/f"adapter-{quant}", quant=quant, backend="unsloth")
-    assert n_layers(again) == 10 and torch.allclose(again(ids).logits, expect, atol=1e-4)
-    if quant is None:
-        with quiet(): merged, _ = load_model(save_cut(merge_lora(lora), tok, out/"merged"), backend="transformers")
-        assert torch.allclose(merged(ids).logits, expect, atol=1e-4)
-""",
-        tmp_path,
-    )
+    "Skipped and cut as hooks do, to the bit; restored exactly; adapter and merged model come back."
+    run_with_unsloth(CUT_AND_RELOAD, tmp_path, quant)
 
 
 @pytest.mark.slow
 def test_unsloth_merge_that_reads_the_weights_again(tmp_path):
-    """`merge_and_overwrite_lora`, which unsloth's `save_pretrained_merged` calls on a GPU: with the whole base's name, adapter i goes into the original layer i.
-    A model cut by `apply_plan` is refused, one cut by `save_cut` is merged right. unsloth's CPU merge works in memory; 2026.10.9 with peft 0.21.2 writes the adapters unmerged."""
-    unsloth_process(
-        """
-import unsloth
-from unsloth_zoo.saving_utils import merge_and_overwrite_lora
-from transformers import AutoModelForCausalLM
+    """
+    A model cut by `apply_plan` is refused, one cut by `save_cut` is merged right.
 
-def by_shards(lora, folder):
-    with quiet(): merge_and_overwrite_lora(lambda name, load_in_4bit=False: name, lora, tok, save_directory=str(folder))
-    with quiet(): return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-with quiet(): model, tok = load_model("data/tiny-base", backend="unsloth")
-whole, plan = model.config._name_or_path, drop(model, 7)
-lora = adapted(apply_plan(model, plan))
-expect = lora(ids).logits
-close = lambda m: torch.allclose(m(ids).logits.softmax(-1), expect.softmax(-1), atol=.02)   # merged in 16 bits
-
-with quiet(): lora.save_pretrained_merged(str(out/"memory"), tok)
-with quiet(): print("in memory, on a CPU:", "right" if close(AutoModelForCausalLM.from_pretrained(out/"memory", dtype=torch.float32).eval()) else "wrong")
-
-try: by_shards(lora, out/"marked")
-except Exception as e: print("refused:", str(e)[:300])
-else: raise AssertionError("merged from " + lora.config._name_or_path)
-
-lora.config._name_or_path = whole                    # as it would be without the mark
-wrong = by_shards(lora, out/"wrong")
-print("whole base:", n_layers(wrong), "layers by its configuration,", "right" if close(wrong) else "wrong")
-assert not close(wrong)
-
-with quiet(): model, tok = load_model("data/tiny-base", backend="unsloth")
-save_cut(apply_plan(model, plan), tok, out/"cut")
-lora = adapted(model)
-expect = lora(ids).logits
-right = by_shards(lora, out/"right")
-assert n_layers(right) == 11 and close(right)
-""",
-        tmp_path,
-    )
+    This is `merge_and_overwrite_lora`, which unsloth's `save_pretrained_merged` calls on a GPU:
+    with the whole base's name, adapter i goes into the original layer i. unsloth's CPU merge works
+    in memory; 2026.10.9 with peft 0.21.2 writes the adapters unmerged.
+    """
+    run_with_unsloth(MERGE_BY_SHARDS, tmp_path)
 
 
-def test_per_layer_facts_are_known():
-    "Every list that gets shorter when a causal model of transformers is made less deep is named in `surgery`; lists of token ids and the like are not."
-    import logging
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    from finetune_kit.architecture import FIRST_LAYERS, LAST_LAYERS, LAYER_NUMBERS, PER_LAYER
-
+@pytest.fixture
+def quiet_logs():
     logging.disable(logging.WARNING)
-    shrinks, names = set(), set()
-    for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        try:
-            deep, flat = (
-                vars(CONFIG_MAPPING[kind](num_hidden_layers=n).get_text_config()) for n in (12, 8)
-            )
-        except Exception:
-            continue  # a few cannot be made from the depth alone
-        names |= set(deep)
-        shrinks |= {
-            k
-            for k, v in deep.items()
-            if isinstance(v, (list, tuple)) and len(v) != len(flat.get(k) or [])
-        }
+    yield
     logging.disable(logging.NOTSET)
-    assert {"layer_types", "mlp_layer_types", "no_rope_layers"} <= shrinks and shrinks <= {
-        *PER_LAYER,
-        *LAYER_NUMBERS,
-    }
-    assert not {"eos_token_id", "architectures"} & {*PER_LAYER, *LAYER_NUMBERS}
-    assert {*LAYER_NUMBERS, *FIRST_LAYERS, *LAST_LAYERS} <= names, "a name that no model has"
+
+
+def facts_of(kind, depth):
+    "A default configuration's attributes; None: it cannot be made from the depth alone."
+    try:
+        return vars(CONFIG_MAPPING[kind](num_hidden_layers=depth).get_text_config())
+    except Exception:
+        return None
+
+
+def shrinking_lists(deep, flat):
+    lists = {name: value for name, value in deep.items() if isinstance(value, (list, tuple))}
+    return {name for name, value in lists.items() if len(value) != len(flat.get(name) or [])}
+
+
+def test_per_layer_facts_are_known(quiet_logs):
+    "Every list that is shorter in a less deep model is named; lists of token ids are not."
+    names = set()
+    shrinking = set()
+    for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        deep = facts_of(kind, 12)
+        flat = facts_of(kind, 8)
+        if deep is None or flat is None:
+            continue
+        names |= set(deep)
+        shrinking |= shrinking_lists(deep, flat)
+    known_lists = {*PER_LAYER, *LAYER_NUMBERS}
+    assert {"layer_types", "mlp_layer_types", "no_rope_layers"} <= shrinking
+    assert shrinking <= known_lists
+    assert not {"eos_token_id", "architectures"} & known_lists
+    nobody_has = {*LAYER_NUMBERS, *FIRST_LAYERS, *LAST_LAYERS} - names
+    assert not nobody_has
 
 
 def test_recipe_run_by_mergekit(tmp_path):
-    "mergekit's own reading of the recipe gives the weights that `save_cut` gives. MERGEKIT: a Python that has it, where this one has not."
-    import torch
-    from safetensors.torch import load_file
-    from finetune_kit.model import remembered, load_model
-    from finetune_kit.plan import drop
-    from finetune_kit.surgery import apply_plan, save_cut
-    from finetune_kit.recipes import mergekit_recipe
+    """
+    mergekit's own reading of the recipe gives the weights that `save_cut` gives.
 
+    MERGEKIT: a Python that has it, if this one has not.
+    """
     python = os.environ.get("MERGEKIT", sys.executable)
     if subprocess.run([python, "-c", "import mergekit"], capture_output=True).returncode:
         pytest.skip("mergekit is not installed; MERGEKIT=/path/to/python names one that has it")
-    model, tok = load_model("data/tiny-base", backend="transformers")
+    model, tokenizer = load_model("data/tiny-base", backend="transformers")
     plan = drop(model, "0,7-8")
-    (tmp_path / "recipe.yaml").write_text(mergekit_recipe("data/tiny-base", plan))
-    done = subprocess.run(
-        [
-            python,
-            "-m",
-            "mergekit.scripts.run_yaml",
-            str(tmp_path / "recipe.yaml"),
-            str(tmp_path / "merged"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    save_cut(apply_plan(model, plan), tok, tmp_path / "cut")
-    ours, theirs = (load_model(tmp_path / d, backend="transformers")[0] for d in ("cut", "merged"))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(mergekit_recipe("data/tiny-base", plan))
+    merged = tmp_path / "merged"
+    command = [python, "-m", "mergekit.scripts.run_yaml", str(recipe), str(merged)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+    cut = save_cut(apply_plan(model, plan), tokenizer, tmp_path / "cut")
+    our_model, _ = load_model(cut, backend="transformers")
+    their_model, _ = load_model(merged, backend="transformers")
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():
-        assert torch.equal(ours(ids).logits, theirs(ids).logits)
-    assert json.loads((tmp_path / "merged/config.json").read_text())["num_hidden_layers"] == len(
-        plan.keep
-    )
+        assert torch.equal(our_model(ids).logits, their_model(ids).logits)
+    config = json.loads((merged / "config.json").read_text())
+    assert config["num_hidden_layers"] == len(plan.keep)
 
 
 def test_recipe_has_the_documented_form():
-    "mergekit's README: slices of sources with model and layer_range [first, one past the last], and a merge_method."
-    import yaml
-    from finetune_kit.plan import drop
-    from finetune_kit.recipes import mergekit_recipe
-
+    "mergekit's README: slices of sources, each a model and layer_range [first, one past the last]."
     recipe = yaml.safe_load(mergekit_recipe("data/tiny-base", drop(12, "0,7-8")))
-    assert set(recipe) == {"slices", "merge_method"} and recipe["merge_method"] == "passthrough"
+    assert set(recipe) == {"slices", "merge_method"}
+    assert recipe["merge_method"] == "passthrough"
     layers = []
-    for s in recipe["slices"]:
-        (source,) = s["sources"]
-        assert set(s) == {"sources"} and set(source) == {"model", "layer_range"}
+    for part in recipe["slices"]:
+        assert set(part) == {"sources"}
+        (source,) = part["sources"]
+        assert set(source) == {"model", "layer_range"}
         layers += range(*source["layer_range"])
     assert layers == [1, 2, 3, 4, 5, 6, 9, 10, 11]
