@@ -208,14 +208,9 @@ def work_on(
         if task.host == socket.gethostname():
             end_with_parent(task.starter)  # those of other nodes end with it by srun
         model, tokenizer = load_job_model(job)
-        result = train(
-            model,
-            tokenizer,
-            task.splits._asdict(),
-            task.cfg,
-            on_log if is_first else None,
-            task.folder,
-        )
+        listener = on_log if is_first else None
+        splits = task.splits._asdict()
+        result = train(model, tokenizer, splits, task.cfg, listener, task.folder)
     except FineTuneError as error:
         write_error(job, error)
         raise

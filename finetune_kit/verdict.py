@@ -6,12 +6,12 @@
 __all__ = ['recovered', 'verdict']
 
 # %% ../nbs/53_verdict.ipynb #13fd4dc0
-import html
-
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
 
 from .core import MetricComputationError
+from .pages import fill
 from .plan import LayerPlan
 
 # %% ../nbs/53_verdict.ipynb #53a00001
@@ -64,41 +64,47 @@ def _with_interval(estimate: dict, written=_number) -> str:
     return f"{written(estimate['mean'])} ({written(estimate['lo'])} to {written(estimate['hi'])})"
 
 # %% ../nbs/53_verdict.ipynb #53a00008
-def _spoken(name: str) -> str:  # A metric's name in a sentence
+def _spoken(name: str) -> str:
+    "A metric's name as it stands in a sentence."
     return "NLL" if name == "nll" else name.replace("_", " ")
 
 
-def _share_sentence(name: str, share: dict | None) -> str:
+def _share_sentence(name: str, share: dict | None) -> Markup:
     if share is None:
-        return (
-            f"In {_spoken(name)}, the control is not surely better than the cut model "
+        return Markup(
+            "In {}, the control is not surely better than the cut model "
             "(the interval includes 0), so there was nothing to heal."
-        )
-    reached = _with_interval(share, _percent)
-    return f"<b>In {_spoken(name)}, healing recovered {reached} of the control's level.</b>"
+        ).format(_spoken(name))
+    return Markup("<b>In {}, healing recovered {} of the control's level.</b>").format(
+        _spoken(name), _with_interval(share, _percent)
+    )
 
 
-def _difference_sentence(other: str, name: str, difference: dict) -> str:
+def _difference_sentence(other: str, name: str, difference: dict) -> Markup:
     is_sure = difference["lo"] > 0 or difference["hi"] < 0
-    zero = "excludes 0" if is_sure else "<b>includes</b> 0"
-    measured = f"{_spoken(name)}: {_with_interval(difference)}"
-    return f"Healed against {other}, {measured}, the interval {zero}."
+    zero = Markup("excludes 0" if is_sure else "<b>includes</b> 0")
+    return Markup("Healed against {}, {}: {}, the interval {}.").format(
+        other, _spoken(name), _with_interval(difference), zero
+    )
 
 # %% ../nbs/53_verdict.ipynb #53a00009
-def _cut_sentence(plan: LayerPlan, summaries: dict[str, dict]) -> str:
+def _cut_sentence(plan: LayerPlan, summaries: dict[str, dict]) -> Markup:
     nll = {state: f"{summary['nll']:.3f}" for state, summary in summaries.items()}
     if plan.whole:
-        return (
-            f"Nothing was taken out. Fine-tuning took the NLL from {nll['base']} "
-            f"to <b>{nll['healed']}</b> nats per token."
-        )
-    gone = ", ".join(map(str, plan.dropped))
-    layers = "layers" if len(plan.dropped) > 1 else "layer"
-    return (
-        f"Without <b>{layers} {gone}</b> ({len(plan.keep)} of {plan.n_layers} stay) the NLL goes "
-        f"from {nll['base']} to <b>{nll['cut']}</b>; fine-tuning brings it to "
-        f"<b>{nll['healed']}</b>, where the whole model reaches {nll['control']} by the same "
-        "fine-tuning."
+        return Markup(
+            "Nothing was taken out. Fine-tuning took the NLL from {base} "
+            "to <b>{healed}</b> nats per token."
+        ).format(**nll)
+    return Markup(
+        "Without <b>{layers} {dropped}</b> ({n_kept} of {n_layers} stay) the NLL goes from {base} "
+        "to <b>{cut}</b>; fine-tuning brings it to <b>{healed}</b>, where the whole model "
+        "reaches {control} by the same fine-tuning."
+    ).format(
+        layers="layers" if len(plan.dropped) > 1 else "layer",
+        dropped=", ".join(map(str, plan.dropped)),
+        n_kept=len(plan.keep),
+        n_layers=plan.n_layers,
+        **nll,
     )
 
 # %% ../nbs/53_verdict.ipynb #84395450
@@ -117,5 +123,5 @@ def verdict(
         for other, differences in (("cut", gains), ("control", gaps)):
             for name, difference in differences.items():
                 sentences.append(_difference_sentence(other, name, difference))
-    small = f"95% bootstrap intervals over items; {html.escape(conditions)}"
-    return f'<div class="verdict">{" ".join(sentences)}<br><small>{small}</small></div>'
+    conditions = f"95% bootstrap intervals over items; {conditions}"
+    return fill("verdict.html", sentences=sentences, conditions=conditions)

@@ -120,7 +120,7 @@ def test_a_damaged_checkpoint_is_passed_over(rows, uninterrupted, tmp_path, capl
     weights.write_bytes(b"\0" + weights.read_bytes()[1:])
     before = newest_checkpoint(tmp_path)
     assert int(before.name.split("-")[1]) < int(newest.name.split("-")[1])
-    assert f"{newest.name} is not whole" in caplog.text
+    assert f"{newest.name} is not complete" in caplog.text
     assert child(rows, tmp_path)[-1] == uninterrupted
 
 
