@@ -17,12 +17,13 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import datasets
 import torch
 import transformers
 import trl
+from timing import Timed, timed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_kit.chat import check_masks, encode_rows, stream_encoded
@@ -112,21 +113,6 @@ def prepare_by_trl(path, tokenizer, model, folder):
     )
     trainer = trl.SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer)
     return trainer.train_dataset
-
-
-class Timed(NamedTuple):
-    "What a call returned, and its seconds."
-
-    result: Any
-    wall: float
-    cpu: float
-
-
-def timed(call, *args):
-    wall = time.perf_counter()
-    cpu = time.process_time()
-    result = call(*args)
-    return Timed(result, time.perf_counter() - wall, time.process_time() - cpu)
 
 
 class Preparation(NamedTuple):

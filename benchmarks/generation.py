@@ -12,12 +12,12 @@ import platform
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import transformers
+from timing import timed
 
 from finetune_kit.infer import generate
 from finetune_kit.model import load_model
@@ -29,21 +29,6 @@ MAX_NEW_TOKENS = 40
 BATCH_SIZES = {"one by one": 1, "in batches of 32": 32}
 BASELINE = "one by one"
 LISTED_RUNS = 1000
-
-
-class Timed(NamedTuple):
-    "What a call returned, and its seconds."
-
-    result: Any
-    wall: float
-    cpu: float
-
-
-def timed(call, *args):
-    wall = time.perf_counter()
-    cpu = time.process_time()
-    result = call(*args)
-    return Timed(result, time.perf_counter() - wall, time.process_time() - cpu)
 
 
 class Seconds(NamedTuple):

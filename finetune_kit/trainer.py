@@ -97,7 +97,7 @@ def train_by_trl(
     folder: str | Path | None = None,  # Where checkpoints go, and from where training goes on
 ) -> TrainResult:
     """
-    Fine-tune with TRL's `SFTTrainer`, in this process. The trainer of methods that bring none.
+    Fine-tune with TRL's `SFTTrainer`, in this process, by a method that has no trainer of its own.
 
     Raises as `train`.
     """

@@ -324,23 +324,23 @@ def state_bytes(
 def split_cuts(
     cuts: list[Cut],  # As from `cut_edits`
     depth: int,  # Layers of the model
-    room: float,  # Branches that there is memory for
+    max_branches: float,  # Branches that there is memory for
 ) -> list[list[Cut]]:  # The same cuts, in the same order
-    "The cuts in 1, 2, 4, ... parts, so that each keeps fewer than `room` branches alive."
+    "The cuts in 1, 2, 4, ... parts, until each keeps fewer than `max_branches`, or has one cut."
     n_parts = 1
     while True:
         size = math.ceil(len(cuts) / n_parts)
         parts = [cuts[start : start + size] for start in range(0, len(cuts), size)]
-        if size == 1 or all(count_calls(part, depth).branches < room for part in parts):
+        if size == 1 or all(count_calls(part, depth).branches < max_branches for part in parts):
             return parts
         n_parts *= 2
 
 
-def _group_batches(sizes: list[int], room: float) -> list[list[int]]:
-    "Places of neighbouring batches that together need no more than `room` bytes a branch."
+def _group_batches(sizes: list[int], max_bytes: float) -> list[list[int]]:
+    "Places of neighbouring batches that together need no more than `max_bytes` a branch."
     groups: list[list[int]] = [[]]
     for n, size in enumerate(sizes):
-        if groups[-1] and sum(sizes[i] for i in groups[-1]) + size > room:
+        if groups[-1] and sum(sizes[i] for i in groups[-1]) + size > max_bytes:
             groups.append([])
         groups[-1].append(n)
     return groups
@@ -357,13 +357,13 @@ def lay_out(
         raise InvalidConfigError(
             f"mem_gib must be above 0, got {mem_gib}: it is the memory for the states of branches"
         )
-    room, depth = mem_gib * 2**30 / 2, n_layers(model)
+    state_memory, depth = mem_gib * 2**30 / 2, n_layers(model)
     sizes = [state_bytes(model, batch) for batch in batches]
     groups = [[n] for n in range(len(batches))]
     if remembered(model).disk:
-        groups = _group_batches(sizes, room / (count_calls(cuts, depth).branches + 1))
+        groups = _group_batches(sizes, state_memory / (count_calls(cuts, depth).branches + 1))
     portions = []
     for group in groups:
-        branches = max(2, room / sum(sizes[n] for n in group))
-        portions += [Portion(group, part) for part in split_cuts(cuts, depth, branches)]
+        max_branches = max(2, state_memory / sum(sizes[n] for n in group))
+        portions += [Portion(group, part) for part in split_cuts(cuts, depth, max_branches)]
     return portions
