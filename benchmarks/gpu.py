@@ -215,7 +215,8 @@ def stock_settings(way, folder):
 
 def adapted(model, way):
     "The model with adapters, as unsloth's notebooks make them where that is asked."
-    from finetune_kit.model import add_lora, load_unsloth
+    from finetune_kit.lora import add_lora
+    from finetune_kit.model import load_unsloth
 
     if way["stock"] != "unsloth" or not has_cuda():
         return add_lora(model, RANK, RANK)

@@ -139,7 +139,7 @@ def kit_config(seed):
 def train_one(who, seed, model, tokenizer, rows):
     "One training: the model, marks of both clocks after each step, and the tokens of each step."
     from finetune_kit.loop import row_order, rows_by_step
-    from finetune_kit.model import add_lora
+    from finetune_kit.lora import add_lora
     from finetune_kit.trainer import train
 
     cfg, marks = kit_config(seed), []

@@ -12,7 +12,8 @@ from typing import Any
 
 from .core import runs_folder, write_atomic
 from .dials import RunConfig
-from .model import add_lora, load_model
+from .lora import add_lora
+from .model import load_model
 from .plan import LayerPlan, drop
 from .surgery import apply_plan, save_adapter
 

@@ -17,7 +17,8 @@ from typing import Any
 from .chat import end_ids
 from .core import InvalidConfigError
 from .logs import quiet
-from .model import is_quantized, merge_lora
+from .lora import merge_lora
+from .model import is_quantized
 from .requests import Request, check_room, context, prompt_ids
 
 # %% ../nbs/31_infer.ipynb #a435037e

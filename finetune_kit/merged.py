@@ -12,7 +12,8 @@ from pathlib import Path
 from .chat import end_ids
 from .core import IncompatibleConfigError, InvalidConfigError, ModelError, choices
 from .logs import quiet
-from .model import merge_lora, model_config
+from .lora import merge_lora
+from .model import model_config
 from .model_sources import ModelSource
 from .surgery import load_for_inference, save_cut
 

@@ -23,7 +23,8 @@ from finetune_kit.core import (
     Registry,
     choices,
 )
-from .model import add_lora, is_quantized
+from .lora import add_lora
+from .model import is_quantized
 from .settings import StrictConfig
 
 # %% ../nbs/40_training.ipynb #40a00001

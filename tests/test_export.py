@@ -271,7 +271,7 @@ def adapter(tmp_path):
     "A cut with adapters that change something."
     import torch
 
-    from finetune_kit.model import add_lora
+    from finetune_kit.lora import add_lora
     from finetune_kit.plan import drop
     from finetune_kit.surgery import save_adapter
 

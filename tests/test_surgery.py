@@ -31,7 +31,8 @@ import torch
 
 from finetune_kit.architecture import decoder_layers
 from finetune_kit.logs import quiet
-from finetune_kit.model import add_lora, load_model, merge_lora, n_layers, remembered
+from finetune_kit.lora import add_lora, merge_lora
+from finetune_kit.model import load_model, n_layers, remembered
 from finetune_kit.plan import drop
 from finetune_kit.surgery import apply_plan, load_for_inference, save_adapter, save_cut, skipping
 
