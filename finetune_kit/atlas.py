@@ -23,7 +23,7 @@ from .plan import prune_after
 from .stream import weights
 from .study import check_batches, scored_tokens, study_model, study_table, ticker
 from .surgery import skipping
-from .walk import TracedBatch, hidden_states_of, row_nll, token_losses
+from .walk import TracedBatch, check_walk, hidden_states_of, row_nll, token_losses
 
 # %% ../nbs/38_atlas.ipynb #8c437d1c
 def _positions(batch: dict, positions: str) -> torch.Tensor:  # (batch, seq) bool
@@ -74,7 +74,7 @@ def _backward(model, traced: TracedBatch, states: list, slopes: dict, budget: fl
     for layer, (before, after) in enumerate(itertools.pairwise(states)):
         _record_slope(slopes, (layer, "layer"), after, after.detach() - before.detach())
     last = states[-1].detach().requires_grad_()
-    predicting = last[:, :-1][traced.scored]
+    predicting = traced.predicting(last)
     leaf = predicting.detach().requires_grad_()
     for losses in token_losses(model, leaf, traced.targets, budget):
         losses.sum().backward()  # adds to leaf.grad; the chunk's logits are freed
@@ -268,6 +268,7 @@ def atlas(
     model = study_model(model, stream)
     check_batches(model, batches)
     depth, tokens, budget = n_layers(model), scored_tokens(batches), mem_gib * 2**28
+    check_walk(model)
     if sample < 8:
         raise InvalidConfigError(f"sample must be at least 8 tokens, got {sample}: CKA needs them")
     chosen = [_positions(batch, positions) for batch in batches]

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from .architecture import layers_path
+from .architecture import empty_model, layers_path
 from finetune_kit.core import (
     ROOT,
     IncompatibleConfigError,
@@ -147,7 +147,7 @@ def check_run(
     base = model_config(cfg.model)
     plan = plan_of(cfg, base)
     if not plan.whole:
-        layers_path(base)
+        layers_path(empty_model(base))
     _check_length(cfg, base)
     template = cfg.template
     if template is not None and template != "own" and "{" not in template:
@@ -232,7 +232,7 @@ def check_study(
     "Find what would fail before anything expensive starts. Each is a `FineTuneError`."
     base = model_config(cfg.model)
     plan = drop(base, None)
-    layers_path(base)
+    layers_path(empty_model(base))
     _check_precisions(cfg)
     if cfg.greedy_k >= plan.n_layers:
         raise InvalidConfigError(

@@ -29,7 +29,7 @@ from finetune_kit.study import (
     study_table,
     ticker,
 )
-from .walk import StateCache, TracedBatch, state_bytes, walk
+from .walk import StateCache, TracedBatch, check_walk, state_bytes, walk
 
 # %% ../nbs/39_importance.ipynb #57beb93b
 def drop_one(
@@ -184,6 +184,7 @@ def greedy(
     tokens = scored_tokens(batches)
     score = partial(_naive_step, model, batches)
     if not naive:
+        check_walk(model)
         score = partial(_walk_step, model, _trace_batches(model, batches, mem_gib), mem_gib)
     finished, content = FinishedParts(resume, model), [batch_content(batch) for batch in batches]
     removed: list[int] = []

@@ -89,7 +89,12 @@ class Remembered:
 
     backend: str = "transformers"  # Who loaded it: "transformers", "unsloth", or "disk": streamed
     disk: Any = None  # `stream.LayersOnDisk`, if its layers are read from disk one at a time
-    layers_return_tuples: bool | None = None  # Whether a layer returns a tuple; None: not known yet
+    layers_path: str | None = None  # Where the decoder layers are, once it was asked for
+    layer_was_asked: bool = False  # Whether `outputs_beside` is known
+    outputs_beside: int | None = None  # Values that a layer returns beside the hidden states
+    row_dim: int = 0  # Dimension of the hidden states that holds the rows of a batch
+    head_alone: bool = False  # Whether head after final norm gives the logits
+    walk_checked: bool = False  # Whether `walk.check_walk` has passed
 
 
 def remembered(

@@ -48,13 +48,16 @@ def probe_batch(
 
 # %% ../nbs/21_probe.ipynb #21a0000a
 def probe_logits(
-    model,  # In eval mode
+    model,  # In either mode; it is in the same one afterwards
     batch: dict | None = None,  # As from `probe_batch`; None: that
 ) -> torch.Tensor:  # (tokens without padding, vocabulary), fp32
     "What the model itself says."
     batch = probe_batch(model) if batch is None else batch
+    was_training = model.training
+    model.eval()
     with torch.no_grad():
         logits = model(**batch, use_cache=False).logits
+    model.train(was_training)
     return logits[batch["attention_mask"].bool()].float()
 
 

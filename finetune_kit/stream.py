@@ -58,7 +58,7 @@ def sort_weights(
     stored: dict[str, Path],  # From `stored_weights`
 ) -> tuple[Selection, dict[int, Selection]]:  # (what stays in memory, layer → its weights)
     "Which stored weights belong to which decoder layer, and which to none."
-    prefix = f"{layers_path(model.config)}."
+    prefix = f"{layers_path(model)}."
     names = dict(model.named_parameters())
     in_memory: Selection = {}
     by_layer: dict[int, Selection] = {}
@@ -147,7 +147,7 @@ def _check_complete(model, by_layer, folder):
     on_disk: set[str] = set()
     for layer, selection in by_layer.items():
         for names in selection.values():
-            on_disk.update(f"{layers_path(model.config)}.{layer}.{name}" for name in names)
+            on_disk.update(f"{layers_path(model)}.{layer}.{name}" for name in names)
     missing = [
         name
         for name, parameter in model.named_parameters()

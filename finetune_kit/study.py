@@ -38,6 +38,8 @@ from finetune_kit.walk import (
     Portion,
     TracedBatch,
     branches_at_once,
+    check_parts,
+    check_walk,
     lay_out,
     part_removed,
     row_nll,
@@ -240,8 +242,8 @@ def cut_scores(
     """
     The exact NLL of each row for each cut.
 
-    Raises what `study_model`, `cut_edits`, `check_batches` and `scored_tokens` raise, and
-    `InvalidConfigError` if there is no cut.
+    Raises what `study_model`, `cut_edits`, `check_batches`, `scored_tokens`, `check_walk` (unless
+    `naive`) and `check_parts` raise, and `InvalidConfigError` if there is no cut.
     """
     if not plans:
         raise InvalidConfigError("no cut to score; give at least one LayerPlan")
@@ -250,9 +252,12 @@ def cut_scores(
     check_batches(model, batches)
     tokens = scored_tokens(batches)
     distinct = list(dict.fromkeys([(), *cuts]))
+    for part in sorted({part for cut in cuts for _, part in cut} - {"layer"}):
+        check_parts(model, part)
     if naive:
         losses = _naive_losses(model, batches, distinct, progress)
     else:
+        check_walk(model)
         finished = FinishedParts(resume, model)
         losses = _walk_losses(model, batches, distinct, progress, mem_gib, finished)
     return CutScores(np.stack([losses[cut] for cut in cuts]), losses[()], tokens)
