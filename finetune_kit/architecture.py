@@ -381,7 +381,7 @@ def renumber(
     for place, layer in enumerate(layers):
         for module in layer.modules():
             for name in PLACE_NAMES:
-                if hasattr(module, name):
+                if getattr(module, name, None) is not None:
                     setattr(module, name, place)
 
 

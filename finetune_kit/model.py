@@ -10,7 +10,7 @@ __all__ = ['KEEP_FREED_MEMORY', 'OLD_GLIBC_LIMIT', 'BACKENDS', 'QUANTS', 'model_
 
 # %% ../nbs/20_model.ipynb #4f381cd4
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,7 @@ class Remembered:
     row_dim: int = 0  # Dimension of the hidden states that holds the rows of a batch
     head_alone: bool = False  # Whether head after final norm gives the logits
     walk_checked: bool = False  # Whether `walk.check_walk` has passed
+    parts_checked: set[str] = field(default_factory=set)  # What `walk.check_parts` has passed
 
 
 def remembered(

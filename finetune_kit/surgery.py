@@ -11,6 +11,7 @@ __all__ = ['Undo', 'TOKENIZER_FILES', 'WEIGHT_FILES', 'PLAN_FILE', 'BASE_FACTS',
 import contextlib
 import copy
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -99,6 +100,31 @@ def _slice_layer_inputs(model, plan: LayerPlan, undo: Undo):
         _set(undo, module, "embedding_dim" if columns else "out_features", len(numbers))
 
 
+def _check_sources(config, plan: LayerPlan):
+    "`UnsupportedModelError` where a layer stays that reads what a dropped one would leave it."
+    n_reading = getattr(config, "num_kv_shared_layers", None)
+    if not n_reading:
+        return
+    first_reading = plan.n_layers - n_reading
+    for layer in plan.keep:
+        kind = config.layer_types[layer]
+        of_kind = [i for i in range(first_reading) if config.layer_types[i] == kind]
+        if layer >= first_reading and of_kind and of_kind[-1] in plan.dropped:
+            raise UnsupportedModelError(
+                f"{config.model_type}: layer {layer} reads keys and values of layer {of_kind[-1]}, "
+                f"which the plan takes out; keep layer {of_kind[-1]}"
+            )
+
+
+def _renumber_sources(layers, plan: LayerPlan, undo: Undo):
+    "Gemma 3n's attention knows the index of the layer whose keys and values it reads."
+    for layer in layers:
+        for module in layer.modules():
+            source = vars(module).get("kv_shared_layer_index")
+            if source is not None:
+                _set(undo, module, "kv_shared_layer_index", plan.keep.index(source))
+
+
 def _restore_facts(config, facts: dict):
     vars(config).clear()
     vars(config).update(facts)
@@ -109,6 +135,7 @@ def _take_out(model, plan: LayerPlan) -> Undo:
     layers = _layers_for(model, plan)
     lm = causal_lm(model)
     config = lm.config.get_text_config()
+    _check_sources(config, plan)
     all_layers, facts = list(layers), dict(vars(config))
     undo: Undo = [
         lambda: _put_layers(layers, all_layers),
@@ -116,6 +143,7 @@ def _take_out(model, plan: LayerPlan) -> Undo:
     ]
     _put_layers(layers, [layers[i] for i in plan.keep])
     slice_config(config, plan)
+    _renumber_sources(layers, plan, undo)
     _slice_layer_inputs(lm, plan, undo)
     for module in lm.modules():
         if vars(module).get("num_hidden_layers") == plan.n_layers:
@@ -205,20 +233,29 @@ def _values(model) -> dict[str, Any]:
     return values
 
 
+def _is_same(a, b) -> bool:
+    numbers = isinstance(a, float) and isinstance(b, float)
+    return math.isclose(a, b, rel_tol=1e-6) if numbers else a == b
+
+
 def reload_differences(
     model,  # Cut or whole, with or without adapters
 ) -> list[str]:  # "model.layers.1.self_attn.lambda_init of …: 0.36 here, 0.28 as loaded"
     "What a model that is built from this one's configuration would have otherwise."
     lm = causal_lm(model)
-    with torch.device("meta"), quiet():
-        twin = type(lm)(copy.deepcopy(lm.config))
+    try:
+        with torch.device("meta"), quiet():
+            config = type(lm.config).from_dict(copy.deepcopy(lm.config.to_dict()))
+            twin = type(lm)(config)
+    except Exception as e:
+        return [f"transformers makes no model of the cut configuration: {e}"]
     pairs = [(_values(lm), _values(twin))]
     if not is_quantized(lm):
         pairs.append((_shapes(lm), _shapes(twin)))
     differences = []
     for here, loaded in pairs:
         for name in here:
-            if name in loaded and here[name] != loaded[name]:
+            if name in loaded and not _is_same(here[name], loaded[name]):
                 differences.append(f"{name}: {here[name]} here, {loaded[name]} as loaded")
     if not is_quantized(lm):
         only = sorted(set(pairs[1][0]) ^ set(pairs[1][1]))

@@ -417,7 +417,13 @@ def check_parts(
     model,  # Causal language model in eval mode, streamed or not
     part: str,  # "attention" or "mlp"
 ):
-    "`UnsupportedModelError` where a layer lacks the part, or has something beside the two."
+    """
+    Prove once for a model that attention and MLP are all that its layers add.
+
+    `UnsupportedModelError` where a layer lacks the part, or adds something beside the two.
+    """
+    if part in remembered(model).parts_checked:
+        return
     traced = TracedBatch(model, probe_batch(model) | dict(labels=probe_batch(model)["input_ids"]))
     kind = causal_lm(model).config.model_type
     lacking = [i for i, layer in enumerate(traced.layers) if not parts_of(layer, part)]
@@ -438,6 +444,7 @@ def check_parts(
                 f"(by {error:.2g} of its norm), so these are not all that it adds; "
                 "cut whole layers"
             )
+    remembered(model).parts_checked.add(part)
 
 # %% ../nbs/36_walk.ipynb #fa74a510
 # Tokens that go through a layer at once: enough to fill the device. More would only take memory
