@@ -231,6 +231,8 @@ def small_values(
             values[name] = _small_count(config, name, value)
         elif is_count and name in SIZES:
             values[name] = min(value, SIZES[name])
+        elif isinstance(value, float) and "drop" in name:
+            values[name] = 0.0  # chance would hide a difference in training
         elif isinstance(value, (list, tuple)):
             shorter = _small_list(name, list(value), n_layers)
             if shorter is not None:
