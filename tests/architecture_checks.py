@@ -229,7 +229,8 @@ def adapted(model_type):
 def lora(model_type):
     model = adapted(model_type).train()
     [batch] = ragged_batches(5)
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logits = model(**inputs, use_cache=False).logits
     logits.float().pow(2).mean().backward()
     learning = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     idle = [name for name, gradient in learning.items() if gradient is None]
