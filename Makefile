@@ -1,5 +1,5 @@
 # finetune_kit: `make report` and `make test` set up what they need on a machine with Python 3.11+ and make.
-.PHONY: setup report test test-all lint typecheck outputs docs readme lab
+.PHONY: setup report test test-all architectures lint typecheck outputs docs readme lab
 .ONESHELL:
 .SHELLFLAGS := -ec
 
@@ -44,6 +44,14 @@ test-all: setup ## the slow ones and, with a GPU, its tests too
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[harness,trackers]"
 	$(TEST) python tests/notebooks.py --n_workers 2 --do_print --flags "slow$(if $(GPU), gpu)"
 	python -m pytest tests -q --durations 8
+
+# The page is printed at the end; the exit status tells of faults
+architectures: setup ## every type of model that transformers has, tiny: what the kit does with it, as a page of the guide
+	@$(TEST) status=0
+	python tests/architectures.py > .architectures.md || status=$$?
+	test ! -s .architectures.md || mv .architectures.md nbs/guide/architectures.md
+	rm -f .architectures.md
+	exit $$status
 
 lint: setup ## layout and likely faults, in notebooks, tests and benchmarks
 	@$(BIN)/ruff format --check .
