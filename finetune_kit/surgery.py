@@ -223,13 +223,13 @@ def _shapes(model) -> dict[str, tuple]:
 
 
 def _values(model) -> dict[str, Any]:
-    "Path of each number, text or flag that a module holds, with the module's class → its value."
+    "Path of each number, text or flag that a module in a layer holds → its value."
     values = {}
-    for path, module in causal_lm(model).named_modules():
+    for path, module in decoder_layers(model).named_modules():
         for name, value in vars(module).items():
             is_value = isinstance(value, (bool, int, float, str, type(None)))
             if is_value and not name.startswith("_") and name != "training":
-                values[f"{path}.{name} of {type(module).__name__}"] = value
+                values[f"layer {path}.{name} of {type(module).__name__}"] = value
     return values
 
 
