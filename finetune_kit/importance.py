@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from .architecture import architecture
 from .atlas import atlas
 from .core import EvaluationError, InvalidConfigError
 from .cuts import Cut, block_cuts, cut_edits, pair_cuts, single_cuts, truncation_cuts
@@ -42,12 +43,19 @@ def drop_one(
     resume: str | Path | None = None,  # As for `cut_scores`
     stream: bool = False,  # As for `cut_scores`
 ) -> pd.DataFrame:  # `layer`, `nll`, `delta`, `lo`, `hi`, `n_tokens`; whole: `attrs["baseline"]`
-    "What each layer's absence costs, or that of a part of it. Raises what `cut_scores` raises."
+    """
+    What each layer's absence costs, or that of a part of it. Raises what `cut_scores` raises.
+
+    Of a part, `attrs["modules"]` says what was left out: name in the layer → layers that have it.
+    """
     model = study_model(model, stream)
     cuts = single_cuts(n_layers(model), part)
     places = [dict(layer=layer) for layer in range(n_layers(model))]
     scores = cut_scores(model, batches, cuts, naive, progress, mem_gib, resume)
-    return study_table(places, *scores)
+    table = study_table(places, *scores)
+    if part != "layer":
+        table.attrs["modules"] = getattr(architecture(model), part)
+    return table
 
 # %% ../nbs/39_importance.ipynb #b88de262
 def truncations(
