@@ -90,6 +90,7 @@ class Remembered:
     backend: str = "transformers"  # Who loaded it: "transformers", "unsloth", or "disk": streamed
     disk: Any = None  # `stream.LayersOnDisk`, if its layers are read from disk one at a time
     layers_return_tuples: bool | None = None  # Whether a layer returns a tuple; None: not known yet
+    lora: Any = None  # `lora.LoraCoverage`, if `add_lora` put adapters into it
 
 
 def remembered(
