@@ -232,7 +232,7 @@ def probe_maps(
         with in_eval_mode(model), torch.enable_grad(), quiet():
             logits = model(**probe_batch(model), use_cache=False).logits.float()
             (logits.logsumexp(-1) - logits[..., 0]).sum().backward()
-    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         raise UnsupportedModelError(
             f"{model.config.model_type}: two rows of text do not go through the model and back "
             f"({type(error).__name__}: {str(error)[:200]}), so nothing in it can be adapted"
@@ -279,9 +279,7 @@ def lora_maps(
     if model.device.type != "meta" and not by_unsloth:
         reasons = reasons_by_probe(model)
     reasons |= reasons_by_structure(model)
-    is_4bit = {
-        path for path, module in linear_maps(model).items() if hasattr(module, "quant_state")
-    }
+    is_4bit = {path for path, module in linear_maps(model).items() if hasattr(module, "quant_state")}
     maps = [
         LoraMap(path, module.weight.numel() * (1 + (path in is_4bit)), False, reasons.get(path, ""))
         for path, module in linear_maps(model).items()
@@ -379,7 +377,9 @@ def lora_coverage(
         return remembered(model).lora
     maps = lora_maps(model)
     if dropout or dora:
-        maps = [replace(m, reason=PLAIN_ONLY) if m.is_stack and not m.reason else m for m in maps]
+        maps = [
+            replace(m, reason=PLAIN_ONLY) if m.is_stack and not m.reason else m for m in maps
+        ]
     total = sum(parameter.numel() for parameter in model.parameters())
     return LoraCoverage(tuple(maps), total)
 
@@ -447,7 +447,8 @@ def choose_layers(
     chosen = parse_layers(layers, len(decoder_layers(model)))
     starts = tuple(f"{prefix}{layer}." for layer in chosen)
     return [
-        m if m.reason or m.path.startswith(starts) else replace(m, reason=NOT_LAYER) for m in maps
+        m if m.reason or m.path.startswith(starts) else replace(m, reason=NOT_LAYER)
+        for m in maps
     ]
 
 # %% ../nbs/24_lora.ipynb #25b0001d
@@ -511,7 +512,9 @@ def check_mergeable(
         if merge_distance(model, list(adapters.values())) <= allowed:
             return
         wrong = [
-            name for name, module in adapters.items() if merge_distance(model, [module]) > allowed
+            name
+            for name, module in adapters.items()
+            if merge_distance(model, [module]) > allowed
         ]
     raise UnsupportedModelError(
         f"{causal_lm(model).config.model_type}: adapters on {', '.join(wrong) or 'all together'} "
