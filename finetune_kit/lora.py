@@ -6,8 +6,8 @@
 __all__ = ['EXPERT_COUNTS', 'ROUTER', 'NOT_TARGET', 'NOT_LAYER', 'WISHED', 'PLAIN_ONLY', 'LoraMap', 'linear_maps',
            'expert_stacks', 'is_router', 'is_read_by_weight', 'other_towers', 'weights_in_two_places',
            'reasons_by_structure', 'in_eval_mode', 'Seen', 'in_any_expert', 'probe_maps', 'reasons_by_probe',
-           'lora_maps', 'shortest_names', 'lora_targets', 'LoraCoverage', 'coverage_notes', 'lora_coverage',
-           'check_not_tied', 'choose_targets', 'layers_prefix', 'choose_layers', 'one_of_each_adapter',
+           'lora_maps', 'shortest_names', 'lora_targets', 'LoraCoverage', 'coverage_notes', 'find_coverage',
+           'lora_coverage', 'check_not_tied', 'choose_targets', 'layers_prefix', 'choose_layers', 'one_of_each_adapter',
            'merge_distance', 'check_mergeable', 'add_lora', 'peft_targets', 'merge_lora']
 
 # %% ../nbs/24_lora.ipynb #25a00003
@@ -29,7 +29,13 @@ from finetune_kit.core import (
     seed_everything,
 )
 from .logs import log, quiet
-from .model import causal_lm, is_quantized, load_unsloth, remembered
+from finetune_kit.model import (
+    causal_lm,
+    count_parameters,
+    is_quantized,
+    load_unsloth,
+    remembered,
+)
 from .probe import check_same, logit_distance, probe_batch, probe_logits, tolerance
 
 # %% ../nbs/24_lora.ipynb #25b00001
@@ -38,7 +44,7 @@ class LoraMap:
     "A linear map, or a stack of experts' maps, and why LoRA leaves it out."
 
     path: str  # Of the module, or of a stack's parameter: "model.layers.0.mlp.down_proj"
-    n_weights: int  # How many weights it has
+    n_weights: int  # How many weights it has, with its bias
     is_stack: bool = False  # Whether it is a parameter, the maps of all experts of a layer
     reason: str = ""  # Why it has no adapter; "": it has one
 
@@ -279,9 +285,8 @@ def lora_maps(
     if model.device.type != "meta" and not by_unsloth:
         reasons = reasons_by_probe(model)
     reasons |= reasons_by_structure(model)
-    is_4bit = {path for path, module in linear_maps(model).items() if hasattr(module, "quant_state")}
     maps = [
-        LoraMap(path, module.weight.numel() * (1 + (path in is_4bit)), False, reasons.get(path, ""))
+        LoraMap(path, count_parameters(module)["total"], False, reasons.get(path, ""))
         for path, module in linear_maps(model).items()
     ]
     stacks = [
@@ -367,21 +372,26 @@ def coverage_notes(
     return [str(coverage)] if coverage and coverage.is_partial() else []
 
 
-def lora_coverage(
-    model,  # A causal language model; with adapters: what `add_lora` found when it put them in
+def find_coverage(
+    model,  # A causal language model without adapters
     dropout: float = 0.0,  # As for `add_lora`
     dora: bool = False,  # As for `add_lora`
-) -> LoraCoverage | None:  # None: the adapters were not put in by `add_lora` in this process
-    "What LoRA adapts of a model, what it leaves out, and why."
-    if hasattr(model, "peft_config"):
-        return remembered(model).lora
+) -> LoraCoverage:
+    "What LoRA would adapt of a model, what it would leave out, and why."
     maps = lora_maps(model)
     if dropout or dora:
         maps = [
             replace(m, reason=PLAIN_ONLY) if m.is_stack and not m.reason else m for m in maps
         ]
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return LoraCoverage(tuple(maps), total)
+    return LoraCoverage(tuple(maps), count_parameters(model)["total"])
+
+
+def lora_coverage(
+    model,  # A causal language model, with or without adapters
+) -> LoraCoverage | None:  # None: has adapters, and `add_lora` did not put them in
+    "What LoRA adapts of a model; with adapters, what `add_lora` found when it put them in."
+    has_adapters = hasattr(model, "peft_config")
+    return remembered(model).lora if has_adapters else find_coverage(model)
 
 # %% ../nbs/24_lora.ipynb #25b00019
 def _matches(path, name):
@@ -537,15 +547,19 @@ def add_lora(
     Attach LoRA; experts too. What is left out is logged, and `lora_coverage` tells it.
 
     Raises `InvalidConfigError` for a rank below 1, a dropout outside [0, 1), and a target or layer
-    that there is not; `IncompatibleConfigError` for a target that cannot have an adapter;
+    that there is not; `IncompatibleConfigError` for a target that cannot have an adapter, and for
+    a model that has adapters;
     `UnsupportedModelError` for a model whose adapters do not merge.
     """
     if r < 1:
         raise InvalidConfigError(f"lora_r {r} not in 1..; 8 to 64 is usual")
     if not 0 <= dropout < 1:
         raise InvalidConfigError(f"lora_dropout {dropout} not in [0, 1); 0 is usual")
-    coverage = lora_coverage(model, dropout, dora)
-    maps, others = list(coverage.maps), []
+    if hasattr(model, "peft_config"):
+        raise IncompatibleConfigError("the model has adapters already; merge_lora folds them in")
+    coverage = find_coverage(model, dropout, dora)
+    maps = list(coverage.maps)
+    others: list[str] = []
     if targets is not None:
         maps, others = choose_targets(model, maps, targets)
     if layers is not None:
