@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .core import InvalidConfigError, choices, detect_device
 from .logs import quiet
-from .lora import add_lora, lora_targets
+from .lora import add_lora, linear_maps
 from .model import model_config, pick_dtype
 
 # %% ../nbs/46_memory.ipynb #bbbe4357
@@ -56,12 +56,12 @@ def weight_bytes(
     "Bytes of the weights, as if the linear maps in the layers were quantised."
     if quant is not None and quant not in QUANTIZED_BYTES:
         raise InvalidConfigError(f"unknown quant {choices(quant, QUANTIZED_BYTES)}; None for none")
-    targets = lora_targets(model) if quant else []
+    maps = linear_maps(model) if quant else {}
     quantized_bytes = QUANTIZED_BYTES[quant] if quant else 0.0
     size = 0.0
     for name, parameter in model.named_parameters():
         path, _, kind = name.rpartition(".")
-        if kind == "weight" and path.split(".")[-1] in targets:
+        if kind == "weight" and path in maps:
             size += parameter.numel() * quantized_bytes
         else:
             size += parameter.numel() * parameter.element_size()

@@ -89,6 +89,7 @@ class Remembered:
 
     backend: str = "transformers"  # Who loaded it: "transformers", "unsloth", or "disk": streamed
     disk: Any = None  # `stream.LayersOnDisk`, if its layers are read from disk one at a time
+    lora: Any = None  # `lora.LoraCoverage`, if `add_lora` put adapters into it
     layers_path: str | None = None  # Where the decoder layers are, once it was asked for
     layer_was_asked: bool = False  # Whether `outputs_beside` is known
     outputs_beside: int | None = None  # Values that a layer returns beside the hidden states

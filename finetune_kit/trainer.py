@@ -25,6 +25,7 @@ from finetune_kit.loop import (
     row_order,
     split_dataset,
 )
+from .lora import coverage_notes, lora_coverage
 from .model import count_parameters, remembered
 from finetune_kit.processes import (
     add_log_line,
@@ -158,6 +159,8 @@ def train(
             f"the trainer of method {cfg.method!r} returned {type(result).__name__}; "
             "return a TrainResult"
         )
+    if hasattr(result.model, "peft_config"):
+        result.notes += coverage_notes(lora_coverage(result.model))
     return result
 
 # %% ../nbs/45_trainer.ipynb #73fca410

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PREPARE', 'TRAIN', 'methods', 'TRACKERS', 'check_arguments', 'Method', 'Methods', 'check_tracker', 'TrainConfig',
-           'lora', 'qlora', 'full', 'TrainResult']
+           'target_names', 'lora', 'qlora', 'full', 'TrainResult']
 
 # %% ../nbs/40_training.ipynb #c2a98c91
 import importlib.util
@@ -110,6 +110,10 @@ class TrainConfig(StrictConfig):
     rslora: bool = False
     # LoRA: weight-decomposed, arXiv:2402.09353
     dora: bool = False
+    # LoRA: which maps, by last names with commas between: "q_proj,v_proj"; None: all that can
+    lora_targets: str | None = None
+    # LoRA: in which layers, from 0 in the model that is trained (after a cut); None: all
+    lora_layers: int | str | list[int] | None = None
 
     # Peak learning rate
     lr: Annotated[float, Field(gt=0, lt=1)] = 2e-3
@@ -162,9 +166,17 @@ class TrainConfig(StrictConfig):
             )
 
 # %% ../nbs/40_training.ipynb #e3815318
+def target_names(
+    targets: str | None,  # "q_proj, v_proj"; None or "": no choice
+) -> list[str] | None:  # ["q_proj", "v_proj"]
+    "The names in a comma-separated list."
+    names = [name.strip() for name in (targets or "").split(",")]
+    return [name for name in names if name] or None
+
+
 @methods("lora")
 def lora(model, cfg: "TrainConfig"):
-    "Adapters on every linear map of the decoder layers. A model that has adapters keeps them."
+    "Adapters on every linear map that can have one. A model that has adapters keeps them."
     if hasattr(model, "peft_config"):
         return model
     return add_lora(
@@ -175,6 +187,8 @@ def lora(model, cfg: "TrainConfig"):
         rslora=cfg.rslora,
         dora=cfg.dora,
         seed=cfg.seed,
+        targets=target_names(cfg.lora_targets),
+        layers=cfg.lora_layers,
     )
 
 

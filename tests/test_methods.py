@@ -1,17 +1,22 @@
 "A newcomer's training method: registered in his own code, trained, saved and loaded again."
 
+import copy
 import importlib
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune_kit.chat import encode_rows
 from finetune_kit.core import IncompatibleConfigError, InvalidConfigError
 from finetune_kit.loop import plain_loop
+from finetune_kit.lora import find_coverage, merge_lora
 from finetune_kit.model import load_model
 from finetune_kit.plan import drop
+from finetune_kit.probe import logit_distance, probe_logits
 from finetune_kit.rows import load_rows
 from finetune_kit.surgery import apply_plan, load_for_inference, save_trained
 from finetune_kit.trainer import train
@@ -142,3 +147,59 @@ def test_a_method_of_a_module_is_known_to_all_processes(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "my_methods")
     assert read_job(tmp_path).cfg == cfg
     assert "of_a_module" in methods
+
+
+@pytest.fixture
+def experts():
+    "A small mixture of experts for the embedded tokenizer, and that tokenizer."
+    _, tokenizer = load_model(BASE, backend="transformers", device="cpu")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "mixtral",
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), tokenizer
+
+
+def test_experts_learn_and_come_back_from_an_adapter(experts, rows, tmp_path):
+    model, tokenizer = experts
+    base = copy.deepcopy(model)
+
+    result = train(model, tokenizer, rows, TrainConfig(lora_r=2, **FEW_STEPS))
+
+    assert result.notes == []
+    learned = [name for name, weights in result.model.named_parameters() if "experts" in name]
+    assert any("lora_B" in name for name in learned)
+    result.model.save_pretrained(tmp_path)
+    expected = probe_logits(result.model)
+    assert logit_distance(probe_logits(base), expected) > 1e-3
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    assert logit_distance(expected, probe_logits(loaded)) < 1e-4
+    assert logit_distance(expected, probe_logits(merge_lora(loaded))) < 1e-4
+
+
+def test_a_report_tells_of_experts_that_are_left_out(experts, rows):
+    model, tokenizer = experts
+    line = str(find_coverage(model, dropout=0.1))
+
+    result = train(model, tokenizer, rows, TrainConfig(lora_r=2, lora_dropout=0.1, **FEW_STEPS))
+
+    assert result.notes == [line]
+    assert "not experts.gate_up_proj, experts.down_proj" in line
+
+
+def test_lora_keeps_to_the_targets_and_layers_of_the_cut_model(cut, rows):
+    model, tokenizer, _ = cut
+    config = TrainConfig(lora_targets="q_proj,v_proj", lora_layers="-1", **FEW_STEPS)
+
+    result = train(model, tokenizer, rows, config)
+
+    trained = [name for name, p in result.model.named_parameters() if p.requires_grad]
+    places = {name.partition(".lora_")[0].partition("model.model.")[2] for name in trained}
+    assert places == {f"model.layers.10.self_attn.{name}" for name in ("q_proj", "v_proj")}
