@@ -103,7 +103,7 @@ def is_router(
     owner, _, name = path.rpartition(".")
     children = dict(model.get_submodule(owner).named_children())
     beside = any("expert" in child for child in children if child != name)
-    says_so = re.search(r"router|gate$", owner.split(".")[-1] + "." + name, re.IGNORECASE)
+    says_so = re.search(r"router|gate$|gate\.", owner.split(".")[-1] + "." + name, re.IGNORECASE)
     return outputs in (1, *counts) and bool(beside or says_so)
 
 # %% ../nbs/24_lora.ipynb #25b00007
