@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['EXPERT_COUNTS', 'ROUTER', 'NOT_TARGET', 'NOT_LAYER', 'WISHED', 'PLAIN_ONLY', 'LoraMap', 'linear_maps',
            'expert_stacks', 'is_router', 'is_read_by_weight', 'other_towers', 'weights_in_two_places',
-           'reasons_by_structure', 'in_eval_mode', 'Seen', 'in_any_expert', 'probe_maps', 'reasons_by_probe',
-           'lora_maps', 'shortest_names', 'lora_targets', 'LoraCoverage', 'coverage_notes', 'find_coverage',
-           'lora_coverage', 'check_not_tied', 'choose_targets', 'layers_prefix', 'choose_layers', 'one_of_each_adapter',
+           'reasons_by_structure', 'Seen', 'in_any_expert', 'probe_maps', 'reasons_by_probe', 'lora_maps',
+           'shortest_names', 'lora_targets', 'LoraCoverage', 'coverage_notes', 'find_coverage', 'lora_coverage',
+           'check_not_tied', 'choose_targets', 'layers_prefix', 'choose_layers', 'one_of_each_adapter',
            'merge_distance', 'check_mergeable', 'add_lora', 'peft_targets', 'merge_lora']
 
 # %% ../nbs/24_lora.ipynb #25a00003
 import inspect
 import re
 from collections import defaultdict
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,7 +35,7 @@ from finetune_kit.model import (
     load_unsloth,
     remembered,
 )
-from .probe import check_same, logit_distance, probe_batch, probe_logits, tolerance
+from .probe import check_same, in_eval_mode, logit_distance, probe_batch, probe_logits, tolerance
 
 # %% ../nbs/24_lora.ipynb #25b00001
 @dataclass(frozen=True)
@@ -166,20 +165,6 @@ def reasons_by_structure(
         elif is_read_by_weight(model.get_submodule(owner), name):
             reasons[path] = "a kernel reads its weight past the adapter"
     return reasons
-
-# %% ../nbs/24_lora.ipynb #25b0000c
-@contextmanager
-def in_eval_mode(
-    model,  # Any module
-):
-    "Without dropout; afterwards every module inside is in the mode that it was in."
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, is_training in modes:
-            module.training = is_training
 
 # %% ../nbs/24_lora.ipynb #25b00027
 class Seen:
