@@ -6,6 +6,7 @@
 __all__ = ['QUANTIZED_BYTES', 'activation_bytes', 'weight_bytes', 'memory_forecast']
 
 # %% ../nbs/46_memory.ipynb #0c9fbfcc
+from contextlib import contextmanager
 from pathlib import Path
 
 from .architecture import empty_model, slice_config
@@ -86,20 +87,21 @@ def _empty_of_depth(name, layers, dtype):
     return empty_model(config)
 
 
-def _measured(model, rows, length):
-    "As `activation_bytes`; `UnsupportedModelError` where tokens without data do not go through."
+@contextmanager
+def _without_data(kind: str):
+    "Tensors get no data in the block; `UnsupportedModelError` where that cannot be done."
     import torch
 
     try:
         with torch.device("meta"), quiet():
-            return activation_bytes(model.train(), rows, length)
+            yield
     except FineTuneError:
         raise
     except Exception as e:
         reason = str(e).partition("\n")[0] or type(e).__name__
         raise UnsupportedModelError(
-            f"{model.config.model_type}: no forecast, as the model cannot run on tensors without "
-            f"data ({reason}); peak_memory measures a step of the model itself"
+            f"{kind}: no forecast, as the model cannot run on tensors without data ({reason}); "
+            "peak_memory measures a step of the model itself"
         ) from e
 
 # %% ../nbs/46_memory.ipynb #093c8b5b
@@ -120,16 +122,14 @@ def memory_forecast(
     `ModelNotFoundError` and `ModelLoadError` as from `model_config` and `empty_model`, and
     `UnsupportedModelError` where a pass on tensors without data fails.
     """
-    import torch
-
     dtype = dtype or pick_dtype(detect_device())
     model = _empty_of_depth(name, layers, dtype)
     text = model.config.get_text_config()
-    weights = weight_bytes(model, quant)
-    if method != "full":
-        with torch.device("meta"), quiet():
+    with _without_data(model.config.model_type):
+        weights = weight_bytes(model, quant)
+        if method != "full":
             model = add_lora(model, lora_r)
-    activations: float = _measured(model, rows, length)
+        activations: float = activation_bytes(model.train(), rows, length)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     if method != "full":
