@@ -35,7 +35,14 @@ from finetune_kit.model import (
     load_unsloth,
     remembered,
 )
-from .probe import check_same, in_eval_mode, logit_distance, probe_batch, probe_logits, tolerance
+from finetune_kit.probe import (
+    check_same,
+    in_eval_mode,
+    logit_distance,
+    probe_batch,
+    probe_logits,
+    tolerance,
+)
 
 # %% ../nbs/24_lora.ipynb #25b00001
 @dataclass(frozen=True)

@@ -6,12 +6,21 @@
 __all__ = ['QUANTIZED_BYTES', 'activation_bytes', 'weight_bytes', 'memory_forecast']
 
 # %% ../nbs/46_memory.ipynb #0c9fbfcc
+from contextlib import contextmanager
 from pathlib import Path
 
-from .core import InvalidConfigError, choices, detect_device
+from .architecture import empty_model, slice_config
+from finetune_kit.core import (
+    FineTuneError,
+    InvalidConfigError,
+    UnsupportedModelError,
+    choices,
+    detect_device,
+)
 from .logs import quiet
 from .lora import add_lora, linear_maps
 from .model import model_config, pick_dtype
+from .plan import prune_after
 
 # %% ../nbs/46_memory.ipynb #bbbe4357
 def activation_bytes(
@@ -68,15 +77,32 @@ def weight_bytes(
     return size
 
 # %% ../nbs/46_memory.ipynb #d32a6bd3
-def _config_of_depth(name, layers):
-    "The configuration of the model, with its first `layers` layers; None: all."
+def _empty_of_depth(name, layers, dtype):
+    "The model without data, with its first `layers` layers; None: all."
     config = model_config(name)
-    text = config.get_text_config()
     if layers:
-        text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[: text.num_hidden_layers]
-    return config
+        text = config.get_text_config()
+        slice_config(text, prune_after(text.num_hidden_layers, layers))
+    config.dtype = dtype
+    return empty_model(config)
+
+
+@contextmanager
+def _without_data(kind: str):
+    "Tensors get no data in the block; `UnsupportedModelError` where that cannot be done."
+    import torch
+
+    try:
+        with torch.device("meta"), quiet():
+            yield
+    except FineTuneError:
+        raise
+    except Exception as e:
+        reason = str(e).partition("\n")[0] or type(e).__name__
+        raise UnsupportedModelError(
+            f"{kind}: no forecast, as the model cannot run on tensors without data ({reason}); "
+            "peak_memory measures a step of the model itself"
+        ) from e
 
 # %% ../nbs/46_memory.ipynb #093c8b5b
 def memory_forecast(
@@ -90,25 +116,25 @@ def memory_forecast(
     dtype=None,  # torch dtype of weights and activations; None: as `pick_dtype` says
     checkpointing: bool = False,  # Activations are computed anew in the backward pass
 ) -> dict[str, float]:  # GiB: `weights`, `gradients`, `optimizer`, `activations` and their `total`
-    "What a training will hold at its peak. `ModelNotFoundError` as from `model_config`."
-    import torch
+    """
+    What a training will hold at its peak.
 
-    with quiet():
-        from transformers import AutoModelForCausalLM
+    `ModelNotFoundError` and `ModelLoadError` as from `model_config` and `empty_model`, and
+    `UnsupportedModelError` where a pass on tensors without data fails.
+    """
     dtype = dtype or pick_dtype(detect_device())
-    config = _config_of_depth(name, layers)
-    with torch.device("meta"), quiet():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    model = _empty_of_depth(name, layers, dtype)
+    text = model.config.get_text_config()
+    with _without_data(model.config.model_type):
         weights = weight_bytes(model, quant)
         if method != "full":
             model = add_lora(model, lora_r)
-        activations: float = activation_bytes(model, rows, length)
+        activations: float = activation_bytes(model.train(), rows, length)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     if method != "full":
         weights += gradients  # the adapters
     if checkpointing:
-        text = config.get_text_config()
         depth = text.num_hidden_layers
         hidden_states = rows * length * text.hidden_size * dtype.itemsize
         activations = activations / depth + depth * hidden_states  # one layer's, and each input

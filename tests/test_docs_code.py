@@ -234,7 +234,8 @@ def exported(module):
             names |= {alias.asname or alias.name: node for alias in node.names}
         elif hasattr(node, "name"):
             names[node.name] = node
-        for target in getattr(node, "targets", []):
+        targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+        for target in targets:
             names |= {n.id: node for n in ast.walk(target) if isinstance(n, ast.Name)}
     return names
 

@@ -208,10 +208,10 @@ def quiet_logs():
     logging.disable(logging.NOTSET)
 
 
-def facts_of(kind, depth):
+def facts_of(kind, **depth):
     "A default configuration's attributes; None: it cannot be made from the depth alone."
     try:
-        return vars(CONFIG_MAPPING[kind](num_hidden_layers=depth).get_text_config())
+        return vars(CONFIG_MAPPING[kind](**depth).get_text_config())
     except Exception:
         return None
 
@@ -226,13 +226,13 @@ def test_per_layer_facts_are_known(quiet_logs):
     names = set()
     shrinking = set()
     for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        deep = facts_of(kind, 12)
-        flat = facts_of(kind, 8)
+        names |= set(facts_of(kind) or {})
+        deep = facts_of(kind, num_hidden_layers=12)
+        flat = facts_of(kind, num_hidden_layers=8)
         if deep is None or flat is None:
             continue
-        names |= set(deep)
         shrinking |= shrinking_lists(deep, flat)
-    known_lists = {*PER_LAYER, *LAYER_NUMBERS}
+    known_lists = {*PER_LAYER, *LAYER_NUMBERS, *(name for name in names if "layer" in name)}
     assert {"layer_types", "mlp_layer_types", "no_rope_layers"} <= shrinking
     assert shrinking <= known_lists
     assert not {"eos_token_id", "architectures"} & known_lists
