@@ -57,7 +57,7 @@ OF_THEIR_OWN: dict[str, dict[str, Any]] = dict(
 # Further types, for examples of their own: positions alone do not keep their rows apart
 SEE_EACH_OTHER: dict[str, dict[str, Any]] = dict(
     lfm2=dict(block_auto_adjust_ff_dim=False),
-    opt=dict(num_key_value_heads=None, ffn_dim=48, word_embed_proj_dim=32),
+    opt=dict(num_key_value_heads=None, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0),
 )
 
 # %% ../nbs/01_examples.ipynb #72f3a1f5
