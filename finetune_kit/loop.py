@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from .batches import batches
+from .batches import batches, exact_batches
 from finetune_kit.core import (
     EmptyDatasetError,
     IncompatibleConfigError,
@@ -127,14 +127,14 @@ def count_tokens(
 
 def batch_loss(
     model,
-    batch: dict,  # As from `batches`
+    batch: dict,  # As from `batches`, or a row without a mask, as from `exact_batches`
 ) -> Any:  # Tensor (), nats
     "The negative log-likelihood of a batch's scored tokens, summed."
     import torch
 
-    outputs = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    )
+    names = ("input_ids", "attention_mask")
+    inputs = {name: batch[name] for name in names if name in batch}
+    outputs = model(**inputs, use_cache=False)
     logits = outputs.logits[:, :-1].float()
     targets = batch["labels"][:, 1:]
     return torch.nn.functional.cross_entropy(
@@ -154,9 +154,10 @@ def backward(
     for start in range(0, len(rows), batch_size):
         batch_rows = rows[start : start + batch_size]
         batch = batches(batch_rows, batch_size, pad_id, model.device)[0]
-        share = batch_loss(model, batch) / n_scored
-        share.backward()
-        loss += share.item()
+        for part in exact_batches(model, batch):
+            share = batch_loss(model, part) / n_scored
+            share.backward()
+            loss += share.item()
     return loss
 
 # %% ../nbs/41_loop.ipynb #c7b2014f

@@ -97,6 +97,8 @@ class Remembered:
     head_alone: bool = False  # Whether head after final norm gives the logits
     walk_checked: bool = False  # Whether `walk.check_walk` has passed
     parts_checked: set[str] = field(default_factory=set)  # What `walk.check_parts` has passed
+    # (way, attention) → why rows that are read together are not what they are alone; "": they are
+    rows_together: dict[tuple[str, str | None], str] = field(default_factory=dict)
 
 
 def remembered(

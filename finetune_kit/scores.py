@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from .batches import exact_batches
 from .core import InvalidConfigError, MetricComputationError
 
 # %% ../nbs/32_scores.ipynb #f440e4cb
@@ -61,16 +62,18 @@ def scores(
     progress: Callable[[int], object] | None = None,  # Called with the number of batches done
 ) -> pd.DataFrame:  # A line a row, by place: `nll` (sum over its tokens, nats, float64), `n_tokens`
     """
-    Negative log-likelihood of each row's scored tokens.
+    Negative log-likelihood of each row's scored tokens, as if it were alone.
 
     Batches without `rows` are taken in their own order. `MetricComputationError` where no token is
     scored.
     """
     rows: dict[int, dict] = {}
     for n_done, batch in enumerate(batch_list, 1):
-        losses, scored = token_losses(model, batch)
-        nll_sums = row_sums(losses, batch.get("lengths"))
-        token_counts = row_sums(scored.long(), batch.get("lengths"))
+        nll_sums, token_counts = [], []
+        for part in exact_batches(model, batch):
+            losses, scored = token_losses(model, part)
+            nll_sums += row_sums(losses, part.get("lengths"))
+            token_counts += row_sums(scored.long(), part.get("lengths"))
         places = batch.get("rows") or range(len(rows), len(rows) + len(nll_sums))
         for place, nll, n_tokens in zip(places, nll_sums, token_counts, strict=True):
             rows[place] = dict(nll=nll, n_tokens=n_tokens)

@@ -44,6 +44,7 @@ from finetune_kit.sft import (
     logged_lines,
     recompute_activations,
     record_settings,
+    step_runner,
     step_trainer_class,
     tracked,
     tracker_callbacks,
@@ -110,11 +111,8 @@ def train_by_trl(
     checkpoint = newest_checkpoint(folder) if folder else None
     if folder:
         claim_folder(folder, checkpoint, cfg, splits.train)
-    runner = StepRunner(
-        rows_at_once=max(1, cfg.batch_size // cfg.nproc),
-        pad_id=tokenizer.pad_token_id or 0,
-        fused=is_fused,
-    )
+    rows_at_once = max(1, cfg.batch_size // cfg.nproc)
+    runner = step_runner(model, rows_at_once, tokenizer.pad_token_id or 0, is_fused)
     with tempfile.TemporaryDirectory() as temporary, quiet(), tracked(cfg.report_to, folder):
         training_log = TrainingLog(cfg, splits, folder, on_log, logged_lines(checkpoint))
         trainer = build_trainer(
