@@ -6,8 +6,9 @@
 __all__ = ['ALWAYS_CAUSAL', 'KEEP_FREED_MEMORY', 'OLD_GLIBC_LIMIT', 'BACKENDS', 'QUANTS', 'model_source', 'check_model_type',
            'check_is_causal', 'model_config', 'n_layers', 'causal_lm', 'Remembered', 'remembered', 'hold_memory',
            'load_unsloth', 'pick_dtype', 'load_tokenizer', 'LoadRequest', 'is_quantized', 'quantization',
-           'first_in_order', 'is_old_buffer', 'check_loading_info', 'check_weights', 'load_by_transformers',
-           'load_by_unsloth', 'check_load_options', 'unsloth_can_load', 'load_model', 'count_parameters']
+           'first_in_order', 'is_old_buffer', 'check_loading_info', 'stored_quantization', 'check_weights',
+           'load_by_transformers', 'load_by_unsloth', 'check_load_options', 'unsloth_can_load', 'load_model',
+           'count_parameters']
 
 # %% ../nbs/20_model.ipynb #4f381cd4
 import os
@@ -337,6 +338,17 @@ def _check_files(source):
     raise ModelLoadError(f"{folder} holds {others[0]} and no safetensors; {remedy}")
 
 # %% ../nbs/20_model.ipynb #20c0f015
+def stored_quantization(
+    config,  # transformers' `PretrainedConfig`
+) -> str | None:  # "bitsandbytes", "gptq", "fp8", …; None: stored as plain numbers
+    "How a checkpoint's weights are packed on disk."
+    packing = getattr(config, "quantization_config", None)
+    if packing is None:
+        return None
+    packing = packing if isinstance(packing, dict) else packing.to_dict()
+    return str(packing.get("quant_method", "bitsandbytes"))
+
+# %% ../nbs/20_model.ipynb #20c0f01a
 def check_weights(
     name: str | Path,  # Folder or hub id
     trust_remote_code: bool = False,  # Allow the model's own Python code to run
@@ -344,17 +356,23 @@ def check_weights(
     "`ModelLoadError` if a checkpoint's weights do not fit its configuration; reads only headers."
     source = model_source(name)
     _check_files(source)
+    packing = stored_quantization(model_config(name, trust_remote_code))
+    if packing not in (None, "bitsandbytes"):
+        return
     with quiet():
         from transformers import AutoModelForCausalLM
 
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             device_map={"": "meta"},
+            quantization_config=None,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+    if packing:
+        info |= dict(unexpected_keys=[], mismatched_keys=[])
     check_loading_info(model, info, name)
 
 # %% ../nbs/20_model.ipynb #5902b11c
@@ -362,6 +380,9 @@ def load_by_transformers(
     request: LoadRequest,
 ):  # transformers' model
     "Load by transformers alone."
+    options = {}
+    if request.quant is not None:  # None would load packed weights as if they were plain
+        options["quantization_config"] = quantization(request.quant, request.dtype)
     with quiet():
         from transformers import AutoModelForCausalLM
 
@@ -369,11 +390,11 @@ def load_by_transformers(
             request.source,
             device_map={"": request.device},
             dtype=request.dtype,
-            quantization_config=quantization(request.quant, request.dtype),
             attn_implementation=request.attn,
             trust_remote_code=request.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **options,
         )
     check_loading_info(model, info, request.source)
     for module in model.modules():
@@ -446,7 +467,7 @@ def unsloth_can_load(
     return not (quant == "8bit" and device == "cpu")
 
 # %% ../nbs/20_model.ipynb #52d3133d
-def _load_weights(request, backend, stored_quantized):
+def _load_weights(request, backend, is_packed):
     "The model, and who loaded it."
     if backend == "transformers" or not unsloth_can_load(request.quant, request.device):
         return load_by_transformers(request), "transformers"
@@ -458,7 +479,7 @@ def _load_weights(request, backend, stored_quantized):
         )
     if unsloth is None:
         return load_by_transformers(request), "transformers"
-    if stored_quantized:
+    if is_packed:
         load_by_transformers(request)  # only it tells whether packed weights fit
     model = load_by_unsloth(request, unsloth)
     if backend == "auto" and request.quant and not is_quantized(model):
@@ -487,7 +508,6 @@ def load_model(
     device = device or detect_device()
     check_load_options(backend, quant, device)
     config = model_config(name, trust_remote_code)
-    stored_quantized = getattr(config, "quantization_config", None) is not None
     if device == "cpu":
         hold_memory()
     request = LoadRequest(
@@ -500,9 +520,9 @@ def load_model(
         trust_remote_code=trust_remote_code,
     )
     try:
-        if not stored_quantized:
-            check_weights(name, trust_remote_code)
-        model, loader = _load_weights(request, backend, stored_quantized)
+        check_weights(name, trust_remote_code)
+        is_packed = stored_quantization(config) is not None
+        model, loader = _load_weights(request, backend, is_packed)
     except FineTuneError:
         raise
     except Exception as e:
