@@ -13,8 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from .architecture import decoder_layers, layers_path, weight_name
-from .core import ModelLoadError, detect_device, resolve_path
-from .model import model_config, pick_dtype, remembered
+from finetune_kit.core import (
+    ModelLoadError,
+    UnsupportedModelError,
+    detect_device,
+    resolve_path,
+)
+from finetune_kit.model import (
+    check_weights,
+    model_config,
+    pick_dtype,
+    remembered,
+    stored_quantization,
+)
 
 # %% ../nbs/26_stream.ipynb #7fe27861
 def stored_weights(
@@ -143,7 +154,7 @@ def _fill_in(model, folder, dtype, device):
 
 # %% ../nbs/26_stream.ipynb #90793f39
 def _check_complete(model, by_layer, folder):
-    "`ModelLoadError` if a weight is neither in memory nor on disk."
+    "`UnsupportedModelError` if a weight is neither in memory nor on disk under the model's name."
     on_disk: set[str] = set()
     for layer, selection in by_layer.items():
         for names in selection.values():
@@ -154,9 +165,9 @@ def _check_complete(model, by_layer, folder):
         if parameter.is_meta and name not in on_disk
     ]
     if missing:
-        raise ModelLoadError(
-            f"{folder} lacks {len(missing)} weights, {missing[0]!r} first; "
-            "the checkpoint is incomplete"
+        raise UnsupportedModelError(
+            f"{folder} stores {len(missing)} weights in another form than the model holds them, "
+            f"{missing[0]!r} first, so they cannot be read layer by layer; use load_model"
         )
 
 # %% ../nbs/26_stream.ipynb #99af898a
@@ -168,14 +179,22 @@ def stream_model(
     """
     A model whose decoder layers stay on disk and are read one at a time.
 
-    Raises `ModelLoadError` if there are no safetensors or a weight is missing, and
-    `UnsupportedModelError` as `decoder_layers` does.
+    Raises `ModelLoadError` if there are no safetensors, or their names and shapes are not those of
+    the configuration; `UnsupportedModelError` if they are stored in another form (quantised, or
+    experts one by one), and as `decoder_layers` does.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     folder = resolve_path(name)
     config = model_config(name)
+    packing = stored_quantization(config)
+    if packing:
+        raise UnsupportedModelError(
+            f"{folder} is stored quantised ({packing}), and layers are streamed as plain numbers; "
+            "use load_model, or stream the model that it was made from"
+        )
+    check_weights(name)
     device = device or detect_device()
     dtype = dtype or pick_dtype(device)
     with init_empty_weights(include_buffers=False):
