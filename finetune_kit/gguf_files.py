@@ -31,6 +31,7 @@ from finetune_kit.gguf_tokenizers import (
 )
 from .logs import log, quiet
 from .merged import check_same, export_merged, probe_logits
+from .model import check_loading_info
 
 # %% ../nbs/74_gguf_files.ipynb #5b52ddca
 # model_type → architecture in the gguf package
@@ -199,9 +200,11 @@ def read_back(
     from transformers import AutoModelForCausalLM
 
     with quiet():
-        reloaded = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32
-        ).eval()
+        reloaded, info = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+        )
+    check_loading_info(reloaded, info, file)
+    reloaded.eval()
     expected = probe_logits(model)
     tolerance = (1e-4 if dtype == "f32" else 0.02) * expected.abs().max().item()
     check_same(expected, probe_logits(reloaded), file, tolerance)

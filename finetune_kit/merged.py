@@ -13,7 +13,7 @@ from .chat import end_ids
 from .core import IncompatibleConfigError, InvalidConfigError, ModelError, choices
 from .logs import quiet
 from .lora import merge_lora
-from .model import model_config
+from .model import load_model, model_config
 from .model_sources import ModelSource
 from .surgery import load_for_inference, save_cut
 
@@ -95,7 +95,6 @@ def export_merged(
 ) -> Path:  # `folder`
     "A checkpoint for plain transformers. `ModelError` where reading it back gives other logits."
     import torch
-    from transformers import AutoModelForCausalLM
 
     if dtype not in DTYPES:
         raise InvalidConfigError(f"dtype {choices(dtype, DTYPES)}")
@@ -110,7 +109,7 @@ def export_merged(
     )
     model.name_or_path, model.config._name_or_path = name, config_name
     with quiet():
-        reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        reloaded, _ = load_model(folder, backend="transformers", device="cpu", dtype=torch.float32)
     tolerance = 0.05 * expected.abs().max().item() if is_rounded else 0.0
     check_same(expected, probe_logits(reloaded), folder, tolerance)
     return Path(folder)

@@ -24,7 +24,13 @@ from finetune_kit.core import (
     resolve_path,
 )
 from .logs import quiet
-from .model import model_config, pick_dtype, remembered
+from finetune_kit.model import (
+    check_weights,
+    model_config,
+    pick_dtype,
+    remembered,
+    stored_quantization,
+)
 
 # %% ../nbs/26_stream.ipynb #7fe27861
 def stored_weights(
@@ -291,7 +297,7 @@ def _fill_in(model, folder, device):
 
 # %% ../nbs/26_stream.ipynb #90793f39
 def _check_complete(model, by_layer, folder):
-    "`ModelLoadError` if a weight is neither in memory nor on disk."
+    "`UnsupportedModelError` if a weight is neither in memory nor on disk under the model's name."
     on_disk: set[str] = set()
     for layer, selection in by_layer.items():
         for names in selection.values():
@@ -302,9 +308,9 @@ def _check_complete(model, by_layer, folder):
         if parameter.is_meta and name not in on_disk
     ]
     if missing:
-        raise ModelLoadError(
-            f"{folder} lacks {len(missing)} weights, {missing[0]!r} first; "
-            "the checkpoint is incomplete"
+        raise UnsupportedModelError(
+            f"{folder} stores {len(missing)} weights in another form than the model holds them, "
+            f"{missing[0]!r} first, so they cannot be read layer by layer; use load_model"
         )
 
 # %% ../nbs/26_stream.ipynb #99af898a
@@ -316,12 +322,19 @@ def stream_model(
     """
     A model whose decoder layers stay on disk and are read one at a time.
 
-    Raises `ModelLoadError` if there are no safetensors or a weight is missing, and
-    `UnsupportedModelError` as `decoder_layers` does, for a quantised checkpoint, and where weights
-    cannot be converted by the layer.
+    Raises `ModelLoadError` if there are no safetensors, or their names and shapes are not those of
+    the configuration; `UnsupportedModelError` as `decoder_layers` does, for a quantised checkpoint,
+    and where weights cannot be converted by the layer.
     """
     folder = resolve_path(name)
     config = model_config(name)
+    packing = stored_quantization(config)
+    if packing:
+        raise UnsupportedModelError(
+            f"{folder} is stored quantised ({packing}), and layers are streamed as plain numbers; "
+            "use load_model, or stream the model that it was made from"
+        )
+    check_weights(name)
     device = device or detect_device()
     dtype = dtype or pick_dtype(device)
     model = _model_without_weights(config, dtype)

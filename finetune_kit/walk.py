@@ -370,7 +370,7 @@ def _walked_states(model, layers: list[int | None], batch: dict) -> list[torch.T
 def _compare_walk(model):
     depth = n_layers(model)
     on_disk = remembered(model).disk is not None
-    layers = [None] if on_disk else [None, 0, depth // 2, depth - 1]
+    layers: list[int | None] = [None] if on_disk else [None, 0, depth // 2, depth - 1]
     expected = _expected_logits(model, layers)
     check_causal(model, expected[0])
     states = _walked_states(model, layers, probe_batch(model))
