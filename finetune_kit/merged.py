@@ -109,9 +109,7 @@ def export_merged(
     )
     model.name_or_path, model.config._name_or_path = name, config_name
     with quiet():
-        reloaded, _ = load_model(
-            folder, backend="transformers", device="cpu", dtype=torch.float32
-        )
+        reloaded, _ = load_model(folder, backend="transformers", device="cpu", dtype=torch.float32)
     tolerance = 0.05 * expected.abs().max().item() if is_rounded else 0.0
     check_same(expected, probe_logits(reloaded), folder, tolerance)
     return Path(folder)
