@@ -236,13 +236,21 @@ def load_tokenizer(
     name: str | Path,  # Folder or hub id
     trust_remote_code: bool = False,  # Allow the tokenizer's own Python code to run
 ):  # transformers' tokenizer, padding on the right
-    "The model's own tokenizer. One without a padding token pads with its EOS; labels mask it."
+    """
+    The model's own tokenizer. One without a padding token pads with its EOS; labels mask it.
+
+    Raises `ModelLoadError` if it cannot be loaded.
+    """
     with quiet():
         from transformers import AutoTokenizer
-    # None would ask at the terminal
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_source(name), trust_remote_code=trust_remote_code
-    )
+    source = model_source(name)
+    try:  # trust_remote_code=None would ask at the terminal
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as e:
+        reason = str(e).partition("\n")[0] or type(e).__name__
+        if "custom code" in reason:
+            reason = "it has its own code; set trust_remote_code=True if you trust the code"
+        raise ModelLoadError(f"cannot load the tokenizer of {str(name)!r}: {reason}") from e
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
