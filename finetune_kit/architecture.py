@@ -14,8 +14,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from .core import InvalidConfigError, ModelLoadError, UnsupportedModelError, choices
 from .logs import quiet
 from .model import causal_lm, n_layers, remembered
@@ -168,6 +166,8 @@ def layer_lists(
     model,  # Causal language model without adapters
 ) -> list[str]:  # Paths, outermost only
     "The lists of modules that could be the decoder layers."
+    import torch
+
     text = model.config.get_text_config()
     found: list[str] = []
     for path, module in model.named_modules():
@@ -356,6 +356,7 @@ def empty_model(
     trust_remote_code: bool = False,  # Allow the model's own Python code to run
 ):  # The causal language model on the device "meta", in eval mode
     "A model without data. `ModelLoadError` where transformers builds none from it."
+    import torch
     from transformers import AutoModelForCausalLM
 
     try:

@@ -9,7 +9,7 @@ __all__ = ['QUANTIZED_BYTES', 'activation_bytes', 'weight_bytes', 'memory_foreca
 from contextlib import contextmanager
 from pathlib import Path
 
-from .architecture import empty_model, slice_config
+from .architecture import decoder_layers, empty_model, slice_config
 from finetune_kit.core import (
     FineTuneError,
     InvalidConfigError,
@@ -84,7 +84,10 @@ def _empty_of_depth(name, layers, dtype):
         text = config.get_text_config()
         slice_config(text, prune_after(text.num_hidden_layers, layers))
     config.dtype = dtype
-    return empty_model(config)
+    model = empty_model(config)
+    if layers:
+        decoder_layers(model)  # refused if there are not as many as the configuration says
+    return model
 
 
 @contextmanager
