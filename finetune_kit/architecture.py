@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PER_LAYER', 'LAYER_NUMBERS', 'FIRST_LAYERS', 'LAST_LAYERS', 'PERIODIC', 'LAYERS', 'PART_NAMES', 'EXIT_NORMS',
-           'FINAL_NORM', 'PLACE_NAMES', 'RENAMED_WEIGHTS', 'per_layer_facts', 'slice_config', 'layer_lists',
-           'find_layers', 'parts_of', 'residual_exits', 'Architecture', 'layers_path', 'decoder_layers', 'architecture',
-           'empty_model', 'renumber', 'computes_by_place', 'weight_name', 'type_changes']
+           'FINAL_NORM', 'PLACE_NAMES', 'per_layer_facts', 'slice_config', 'layer_lists', 'find_layers', 'parts_of',
+           'residual_exits', 'Architecture', 'layers_path', 'decoder_layers', 'architecture', 'empty_model', 'renumber',
+           'computes_by_place', 'type_changes']
 
 # %% ../nbs/23_architecture.ipynb #fd28f8a3
 import copy
@@ -391,21 +391,6 @@ def computes_by_place(
 ) -> bool:
     "Whether a layer computes something else at another place."
     return bool(getattr(config, "scale_attn_by_inverse_layer_idx", False))
-
-# %% ../nbs/23_architecture.ipynb #070e4b9c
-RENAMED_WEIGHTS = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX's head
-
-
-def weight_name(
-    stored_name: str,  # As it stands in a checkpoint
-    names,  # The names of the model's parameters
-    backbone: str,  # The model's `base_model_prefix`: "model", "transformer"
-) -> str | None:  # One of `names`; None: the model has no such weight
-    "What a model calls a stored weight. Some checkpoints hold the backbone alone."
-    for name in (stored_name, RENAMED_WEIGHTS.get(stored_name), f"{backbone}.{stored_name}"):
-        if name in names:
-            return name
-    return None
 
 # %% ../nbs/23_architecture.ipynb #40a51a7e
 def type_changes(
