@@ -40,7 +40,13 @@ def no_messages():
 
 def settings(**changes):
     usual = dict(
-        max_steps=3, batch_size=3, accumulate=2, warmup_steps=0, eval_every=0, method="full", lr=1e-3
+        max_steps=3,
+        batch_size=3,
+        accumulate=2,
+        warmup_steps=0,
+        eval_every=0,
+        method="full",
+        lr=1e-3,
     )
     return TrainConfig(**(usual | changes))
 
@@ -68,7 +74,7 @@ def test_training_is_that_of_the_plain_loop(model_type, method):
     assert all(note.startswith(f"{model_type}: rows that are packed") for note in kit.notes)
 
 
-@pytest.mark.parametrize("model_type", ["lfm2", "mamba"])
+@pytest.mark.parametrize("model_type", ["lfm2", "qwen3_next"])
 def test_adapters_do_not_hide_a_leak(model_type):
     model = add_lora(tiny_of_type(model_type), r=2).train()
     assert rows_leak(model)
@@ -89,14 +95,14 @@ def test_rows_that_padding_changes_go_one_at_a_time():
     kit = train(tiny_of_type(model_type), tiny_tokenizer(), ROWS, settings())
     plain = plain_loop(tiny_of_type(model_type), tiny_tokenizer(), ROWS, settings())
     check_close(kit.log.loss.tolist(), plain.log.loss.tolist(), 1e-5)
-    if padding_leaks(tiny_of_type(model_type)):
-        assert any("one at a time" in note or "packed" in note for note in kit.notes) or True
+    [note] = kit.notes
+    assert "so rows go one at a time" in note
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mamba", "rwkv", "recurrent_gemma", "xlstm"])
+@pytest.mark.parametrize("model_type", ["llama", "mamba", "rwkv", "recurrent_gemma"])
 def test_a_batch_gives_the_answers_of_one_prompt_alone(model_type):
     model = tiny_of_type(model_type)
-    assert bool(prompts_leak(model)) == (model_type in ("rwkv", "recurrent_gemma", "xlstm"))
+    assert bool(prompts_leak(model)) == (model_type in ("rwkv", "recurrent_gemma"))
     prompts = [[5, 6, 7, 8, 9, 10], [7, 8]]
     together = complete(model, tiny_tokenizer(), [Request(ids, 6) for ids in prompts])
     for request in together:
