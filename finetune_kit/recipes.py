@@ -95,14 +95,15 @@ def _tool_limits(config, tool: str) -> list[str]:
 # %% ../nbs/78_recipes.ipynb #78a00003
 def _check_decoder(model):
     "`UnsupportedModelError` for an encoder, alone or beside the decoder."
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
     config = model.config
-    both_ways = any(
-        getattr(module, "is_causal", None) is False for module in decoder_layers(model).modules()
-    )
-    if both_ways or getattr(config, "is_encoder_decoder", False):
+    encoder = config.model_type in MASKED or getattr(config, "is_encoder_decoder", False)
+    modules = decoder_layers(model).modules()
+    if encoder or any(getattr(module, "is_causal", None) is False for module in modules):
         raise UnsupportedModelError(
-            f"{config.model_type} has an encoder, whose tokens see later ones; recipes are for "
-            "models that are decoders only, like Llama"
+            f"{config.model_type} is or has an encoder, whose tokens see later ones; recipes are "
+            "for decoders, like Llama"
         )
 
 

@@ -4,7 +4,6 @@ Cutting what unsloth loaded, its merge, mergekit's own run, and the names of per
 unsloth patches the process that imports it, so each use of it has a process of its own.
 """
 
-import json
 import logging
 import os
 import subprocess
@@ -288,7 +287,7 @@ def test_recipe_run_by_mergekit(merge, tmp_path, kind):
 
 @pytest.mark.slow
 def test_mergekit_keeps_the_length_of_layer_types(merge, tmp_path):
-    "Why no recipe is given for Qwen3, whose layers are all alike: mergekit does not come to an end."
+    "Why no recipe is given for Qwen3, whose layers are all alike: mergekit stops."
     model = save_tiny("qwen3", tmp_path / "base")
     plan = drop(model, 1)
     with pytest.raises(IncompatibleConfigError, match="layer_types"):
