@@ -27,7 +27,7 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={
         extra: cfg[f"{extra}_requirements"].split()
-        for extra in ("dev", "gpu", "onnx", "demo", "harness", "trackers")
+        for extra in ("dev", "gpu", "onnx", "demo", "harness", "mergekit", "trackers")
     },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),

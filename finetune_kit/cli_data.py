@@ -10,7 +10,7 @@ __all__ = ['DropOption', 'PruneOption', 'ToolOption', 'STATISTICS_COLUMNS', 'Sou
 
 # %% ../nbs/92_cli_data.ipynb #6b250473
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,9 +40,12 @@ def plan(
     drop: DropOption = None,
     prune_after: PruneOption = None,
     to: ToolOption = None,
+    as_json: JsonOption = False,
 ):
     """Show what stays of a model: `finetune-kit plan data/tiny-base --drop 7,9`.
-    Layers count from 0, -1 is the last, ranges include both ends."""
+    Layers count from 0, -1 is the last, ranges include both ends. One JSON object is printed;
+    with --json it holds the architecture too: where the layers and their parts are."""
+    from finetune_kit.architecture import architecture, empty_model
     from finetune_kit.dials import RunConfig, plan_of
     from finetune_kit.model import model_config
     from finetune_kit.recipes import llamacpp_recipe, mergekit_recipe
@@ -50,11 +53,17 @@ def plan(
     recipes = dict(mergekit=mergekit_recipe, llamacpp=llamacpp_recipe)
     if to and to not in recipes:
         raise InvalidConfigError(f"unknown tool {choices(to, recipes)}")
-    layer_plan = plan_of(RunConfig(drop_layer=drop, prune_after=prune_after), model_config(model))
+    if to and as_json:
+        raise InvalidConfigError("--to prints a recipe and --json an object; leave one of them out")
+    config = model_config(model)
+    layer_plan = plan_of(RunConfig(drop_layer=drop, prune_after=prune_after), config)
     if to:
         print(recipes[to](model, layer_plan), end="")
-    else:
-        print(json.dumps(vars(layer_plan) | dict(dropped=layer_plan.dropped)))
+        return
+    record = vars(layer_plan) | dict(dropped=layer_plan.dropped)
+    if as_json:
+        record["architecture"] = asdict(architecture(empty_model(config)))
+    print(json.dumps(record))
 
 # %% ../nbs/92_cli_data.ipynb #196616ad
 @dataclass

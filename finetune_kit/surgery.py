@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Undo', 'TOKENIZER_FILES', 'WEIGHT_FILES', 'PLAN_FILE', 'ADAPTER_FILE', 'BASE_FACTS', 'handing_through',
-           'reload_differences', 'apply_plan', 'skipping', 'check_tokenizer', 'save_cut', 'base_facts', 'plan_digest',
-           'save_adapter', 'save_trained', 'SavedPlan', 'read_plan', 'check_adapter_names', 'load_for_inference',
-           'drop', 'prune_after', 'decoder_layers']
+           'built_differences', 'reload_differences', 'apply_plan', 'skipping', 'check_tokenizer', 'save_cut',
+           'base_facts', 'plan_digest', 'save_adapter', 'save_trained', 'SavedPlan', 'read_plan', 'check_adapter_names',
+           'load_for_inference', 'drop', 'prune_after', 'decoder_layers']
 
 # %% ../nbs/25_surgery.ipynb #ec4a337f
 import contextlib
@@ -241,9 +241,29 @@ def _is_same(a, b) -> bool:
     return math.isclose(a, b, rel_tol=1e-6) if numbers else a == b
 
 
+def built_differences(
+    lm,  # A causal language model without a wrapper
+    twin,  # Another one of the same class
+    its: str = "as loaded",  # What the twin's values are, for the message
+) -> list[str]:  # "model.layers.1.self_attn.lambda_init of …: 0.36 here, 0.28 as loaded"
+    "How the values in the layers' modules, and the weights' names and shapes, differ."
+    pairs = [(_values(lm), _values(twin))]
+    if not is_quantized(lm):
+        pairs.append((_shapes(lm), _shapes(twin)))
+    differences = []
+    for here, there in pairs:
+        for name in here:
+            if name in there and not _is_same(here[name], there[name]):
+                differences.append(f"{name}: {here[name]} here, {there[name]} {its}")
+    if not is_quantized(lm):
+        only = sorted(set(pairs[1][0]) ^ set(pairs[1][1]))
+        differences += [f"{name}: only in one of the two" for name in only]
+    return differences
+
+
 def reload_differences(
     model,  # Cut or whole, with or without adapters
-) -> list[str]:  # "model.layers.1.self_attn.lambda_init of …: 0.36 here, 0.28 as loaded"
+) -> list[str]:  # As from `built_differences`
     "What a model that is built from this one's configuration would have otherwise."
     lm = causal_lm(model)
     try:
@@ -252,18 +272,7 @@ def reload_differences(
             twin = type(lm)(config)
     except Exception as e:
         return [f"transformers makes no model of the cut configuration: {e}"]
-    pairs = [(_values(lm), _values(twin))]
-    if not is_quantized(lm):
-        pairs.append((_shapes(lm), _shapes(twin)))
-    differences = []
-    for here, loaded in pairs:
-        for name in here:
-            if name in loaded and not _is_same(here[name], loaded[name]):
-                differences.append(f"{name}: {here[name]} here, {loaded[name]} as loaded")
-    if not is_quantized(lm):
-        only = sorted(set(pairs[1][0]) ^ set(pairs[1][1]))
-        differences += [f"{name}: only in one of the two" for name in only]
-    return differences
+    return built_differences(lm, twin)
 
 # %% ../nbs/25_surgery.ipynb #90fd24d9
 def _check_reload(model, plan: LayerPlan):

@@ -60,7 +60,7 @@ def test_help_has_an_example(name):
 
 def test_what_yields_data_yields_json():
     talk = {"chat", "serve", "demo"}
-    always_json = {"plan", "upload"}
+    always_json = {"upload"}
     without = set()
     for name, command in COMMANDS.items():
         if not any("--json" in option.opts for option in command.params):

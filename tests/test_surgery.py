@@ -4,7 +4,6 @@ Cutting what unsloth loaded, its merge, mergekit's own run, and the names of per
 unsloth patches the process that imports it, so each use of it has a process of its own.
 """
 
-import json
 import logging
 import os
 import subprocess
@@ -14,14 +13,17 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from finetune_kit.architecture import FIRST_LAYERS, LAST_LAYERS, LAYER_NUMBERS, PER_LAYER
-from finetune_kit.model import load_model
+from finetune_kit.core import IncompatibleConfigError
+from finetune_kit.examples import tiny_model
+from finetune_kit.model import load_tokenizer
 from finetune_kit.plan import drop
-from finetune_kit.recipes import mergekit_recipe
-from finetune_kit.surgery import apply_plan, save_cut
+from finetune_kit.recipes import llamacpp_recipe, mergekit_recipe
+from finetune_kit.surgery import apply_plan
 
 SETUP = """
 import sys
@@ -240,32 +242,63 @@ def test_per_layer_facts_are_known(quiet_logs):
     assert not nobody_has
 
 
-def test_recipe_run_by_mergekit(tmp_path):
-    """
-    mergekit's own reading of the recipe gives the weights that `save_cut` gives.
+MERGEKIT = os.environ.get("MERGEKIT", sys.executable)  # a Python that has it, if this one has not
 
-    MERGEKIT: a Python that has it, if this one has not.
-    """
-    python = os.environ.get("MERGEKIT", sys.executable)
-    if subprocess.run([python, "-c", "import mergekit"], capture_output=True).returncode:
-        pytest.skip("mergekit is not installed; MERGEKIT=/path/to/python names one that has it")
-    model, tokenizer = load_model("data/tiny-base", backend="transformers")
-    plan = drop(model, "0,7-8")
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(mergekit_recipe("data/tiny-base", plan))
-    merged = tmp_path / "merged"
-    command = [python, "-m", "mergekit.scripts.run_yaml", str(recipe), str(merged)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+@pytest.fixture(scope="module")
+def merge():
+    "mergekit's own run of a recipe."
+    if subprocess.run([MERGEKIT, "-c", "import mergekit"], capture_output=True).returncode:
+        pytest.skip("mergekit is not installed: pip install mergekit, or MERGEKIT=/path/to/python")
+
+    def run(recipe, folder):
+        folder.mkdir()
+        file = folder / "recipe.yaml"
+        file.write_text(recipe)
+        command = [MERGEKIT, "-m", "mergekit.scripts.run_yaml", str(file), str(folder / "merged")]
+        return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+    return run
+
+
+def save_tiny(kind, folder):
+    "A tiny model of six layers and a tokenizer; the model."
+    model = tiny_model(kind, n_layers=6)
+    model.save_pretrained(folder)
+    load_tokenizer("data/tiny-base").save_pretrained(folder)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2", "phi3"])
+def test_recipe_run_by_mergekit(merge, tmp_path, kind):
+    "mergekit's result loads as the model that `apply_plan` leaves: the same logits and count."
+    model = save_tiny(kind, tmp_path / "base")
+    plan = drop(model, "0,3-4")
+    result = merge(mergekit_recipe(tmp_path / "base", plan), tmp_path / "run")
     assert result.returncode == 0, result.stderr[-3000:]
-
-    cut = save_cut(apply_plan(model, plan), tokenizer, tmp_path / "cut")
-    our_model, _ = load_model(cut, backend="transformers")
-    their_model, _ = load_model(merged, backend="transformers")
+    apply_plan(model, plan)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged").eval()
+    assert merged.config.num_hidden_layers == len(plan.keep)
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():
-        assert torch.equal(our_model(ids).logits, their_model(ids).logits)
-    config = json.loads((merged / "config.json").read_text())
-    assert config["num_hidden_layers"] == len(plan.keep)
+        assert torch.equal(model(ids).logits, merged(ids).logits)
+
+
+@pytest.mark.slow
+def test_mergekit_keeps_the_length_of_layer_types(merge, tmp_path):
+    "Why no recipe is given for Qwen3, whose layers are all alike: mergekit stops."
+    model = save_tiny("qwen3", tmp_path / "base")
+    plan = drop(model, 1)
+    with pytest.raises(IncompatibleConfigError, match="layer_types"):
+        mergekit_recipe(tmp_path / "base", plan)
+    assert llamacpp_recipe(tmp_path / "base", plan)
+    base = str(tmp_path / "base")
+    slices = [dict(sources=[dict(model=base, layer_range=run)]) for run in plan.ranges]
+    recipe = yaml.safe_dump(dict(slices=slices, merge_method="passthrough"))
+    result = merge(recipe, tmp_path / "run")
+    assert result.returncode
+    assert "`num_hidden_layers` (5) must be equal to the number of `layer_types`" in result.stderr
 
 
 def test_recipe_has_the_documented_form():
