@@ -378,16 +378,23 @@ def check_weights(
         return
     with quiet():
         from transformers import AutoModelForCausalLM
-
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source,
-            device_map={"": "meta"},
-            quantization_config=None,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+    try:
+        with quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source,
+                device_map={"": "meta"},
+                quantization_config=None,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except Exception as e:
+        reason = str(e).partition("\n")[0]
+        raise ModelLoadError(
+            f"transformers cannot match the weights of {name} with its configuration "
+            f"({type(e).__name__}: {reason}); the checkpoint is incomplete or of another model"
+        ) from e
     if packing:
         info |= dict(unexpected_keys=[], mismatched_keys=[])
     check_loading_info(model, info, name)
