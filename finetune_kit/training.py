@@ -23,7 +23,6 @@ from finetune_kit.core import (
     Registry,
     choices,
 )
-from .lora import add_lora
 from .model import is_quantized
 from .settings import StrictConfig
 
@@ -177,6 +176,8 @@ def target_names(
 @methods("lora")
 def lora(model, cfg: "TrainConfig"):
     "Adapters on every linear map that can have one. A model that has adapters keeps them."
+    from finetune_kit.lora import add_lora  # torch comes with it
+
     if hasattr(model, "peft_config"):
         return model
     return add_lora(

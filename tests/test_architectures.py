@@ -43,12 +43,15 @@ TYPES = dict(
 )
 # Parts of the reasons that a type may be refused for
 REASONS = (
-    "is not known",
-    "no final norm",
-    "cannot be left out",
+    "reads keys and values of layer",
+    "would load as another model",
+    "share weights with each other",
+    "no attention of their own",
+    "no mlp of their own",
+    "are not all that it adds",
+    "in one walk through its layers",
     "GGUF",
     "LoRA",
-    "lacks",
 )
 
 
