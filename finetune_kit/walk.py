@@ -12,7 +12,7 @@ import contextlib
 import inspect
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -164,6 +164,13 @@ def layer_inputs(
             attention_mask=batch["attention_mask"].to(lm.device),
             use_cache=False,
         )
+    for given in inputs:
+        values = (*given.args, *given.kwargs.values())
+        if any(isinstance(value, (MutableMapping, list)) and not value for value in values):
+            raise UnsupportedModelError(
+                f"{lm.config.model_type}: its layers leave something for later layers beside the "
+                "hidden states (keys and values), which a cut changes; study it with naive=True"
+            )
     if len(inputs) != n_layers(model):
         raise UnsupportedModelError(
             f"{lm.config.model_type}: {n_layers(model)} layers are called {len(inputs)} times in "
