@@ -50,6 +50,7 @@ REASONS = (
     "no mlp of their own",
     "are not all that it adds",
     "in one walk through its layers",
+    "leave something for later layers",
     "GGUF",
     "LoRA",
 )
