@@ -5,19 +5,22 @@
 # %% auto #0
 __all__ = ['PER_LAYER', 'LAYER_NUMBERS', 'FIRST_LAYERS', 'LAST_LAYERS', 'PERIODIC', 'LAYERS', 'PART_NAMES', 'EXIT_NORMS',
            'FINAL_NORM', 'PLACE_NAMES', 'per_layer_facts', 'slice_config', 'layer_lists', 'find_layers', 'parts_of',
-           'residual_exits', 'Architecture', 'layers_path', 'decoder_layers', 'architecture', 'empty_model', 'renumber',
-           'computes_by_place', 'type_changes']
+           'residual_exits', 'hidden_states_of', 'with_hidden_states', 'Architecture', 'layers_path', 'decoder_layers',
+           'architecture', 'empty_model', 'renumber', 'computes_by_place', 'type_changes']
 
 # %% ../nbs/23_architecture.ipynb #fd28f8a3
 import copy
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .core import InvalidConfigError, ModelLoadError, UnsupportedModelError, choices
 from .logs import quiet
 from .model import causal_lm, n_layers, remembered
 from .plan import LayerPlan
+
+if TYPE_CHECKING:
+    import torch
 
 # %% ../nbs/23_architecture.ipynb #24b957e4
 PER_LAYER = (  # lists with an entry for each layer, beside those with "layer" in their name
@@ -269,6 +272,23 @@ def residual_exits(
             exits[part] = modules[0]
     return exits
 
+# %% ../nbs/23_architecture.ipynb #23b00002
+def hidden_states_of(
+    output,  # What a layer, or a part of it, returns
+) -> "torch.Tensor":
+    "The hidden states in a module's output."
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def with_hidden_states(
+    output,  # As for `hidden_states_of`
+    hidden: "torch.Tensor",  # Other hidden states
+):  # The same kind of output
+    "A module's output with other hidden states."
+    if isinstance(output, (tuple, list)):
+        return type(output)((hidden, *output[1:]))
+    return hidden
+
 # %% ../nbs/23_architecture.ipynb #2ce074a4
 FINAL_NORM = (  # names of the norm before the head, most frequent first
     "norm",
@@ -397,9 +417,12 @@ def type_changes(
     config,  # Of the whole model
     plan: LayerPlan,  # What stays of it
 ) -> list[int]:  # Indices in the whole model
-    "Layers that would come to a place of another attention type if only weights were moved."
+    "Layers that would come to a place of which the configuration says something else."
     text = config.get_text_config()
-    types = getattr(text, "layer_types", None) or getattr(text, "attention_layers", None)
-    if not types:
-        return []
-    return [layer for place, layer in enumerate(plan.keep) if types[layer] != types[place]]
+    facts = vars(text).items()
+    lists = [value for name, value in facts if _goes_by_layer(name, value, plan.n_layers)]
+
+    def changes(place, layer):
+        return any(values[layer] != values[place] for values in lists)
+
+    return [layer for place, layer in enumerate(plan.keep) if changes(place, layer)]

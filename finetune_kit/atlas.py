@@ -16,14 +16,19 @@ import pandas as pd
 import torch
 from torch.nn.functional import cross_entropy, normalize, pad
 
-from .architecture import decoder_layers, residual_exits
+from finetune_kit.architecture import (
+    decoder_layers,
+    hidden_states_of,
+    residual_exits,
+    with_hidden_states,
+)
 from .core import InvalidConfigError, choices
 from .model import n_layers, remembered
 from .plan import prune_after
 from .stream import weights
 from .study import check_batches, scored_tokens, study_model, study_table, ticker
 from .surgery import skipping
-from .walk import TracedBatch, check_walk, hidden_states_of, row_nll, token_losses
+from .walk import TracedBatch, check_walk, row_nll, token_losses
 
 # %% ../nbs/38_atlas.ipynb #8c437d1c
 def _positions(batch: dict, positions: str) -> torch.Tensor:  # (batch, seq) bool
@@ -136,7 +141,7 @@ def _naive_slope(model, inputs: dict, traced: TracedBatch, module, is_layer: boo
         if is_layer:  # its output holds what entered it; the gate is only on what it adds
             entering = args[0] if args else kwargs["hidden_states"]
         hidden = entering + gate * (hidden - entering)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return with_hidden_states(output, hidden)
 
     handle = module.register_forward_hook(gated, with_kwargs=True)
     logits = model(**inputs).logits[:, :-1]

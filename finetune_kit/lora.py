@@ -7,8 +7,8 @@ __all__ = ['EXPERT_COUNTS', 'ROUTER', 'NOT_TARGET', 'NOT_LAYER', 'WISHED', 'PLAI
            'expert_stacks', 'is_router', 'is_read_by_weight', 'other_towers', 'weights_in_two_places',
            'reasons_by_structure', 'Seen', 'in_any_expert', 'probe_maps', 'reasons_by_probe', 'lora_maps',
            'shortest_names', 'lora_targets', 'LoraCoverage', 'coverage_notes', 'find_coverage', 'lora_coverage',
-           'check_not_tied', 'choose_targets', 'layers_prefix', 'choose_layers', 'one_of_each_adapter',
-           'merge_distance', 'check_mergeable', 'add_lora', 'peft_targets', 'merge_lora']
+           'check_not_tied', 'choose_targets', 'choose_layers', 'one_of_each_adapter', 'merge_distance',
+           'check_mergeable', 'add_lora', 'peft_targets', 'merge_lora']
 
 # %% ../nbs/24_lora.ipynb #25a00003
 import inspect
@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from .architecture import decoder_layers
+from .architecture import decoder_layers, layers_path
 from finetune_kit.core import (
     IncompatibleConfigError,
     InvalidConfigError,
@@ -436,21 +436,13 @@ def choose_targets(
     return chosen, others
 
 # %% ../nbs/24_lora.ipynb #25b0001a
-def layers_prefix(
-    model,  # A causal language model
-) -> str:  # "model.layers."
-    "The path before a layer's index."
-    layers = decoder_layers(model)
-    return next(path for path, module in model.named_modules() if module is layers) + "."
-
-
 def choose_layers(
     model,  # A causal language model, whole or cut
     maps: list[LoraMap],  # What is adapted has no reason
     layers,  # Layer spec as for `parse_layers`: of the model as it is, counted from 0
 ) -> list[LoraMap]:
     "Leave out what is not in these layers. `InvalidConfigError` for a layer that there is not."
-    prefix = layers_prefix(model)
+    prefix = f"{layers_path(model)}."
     chosen = parse_layers(layers, len(decoder_layers(model)))
     starts = tuple(f"{prefix}{layer}." for layer in chosen)
     return [

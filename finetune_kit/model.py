@@ -162,8 +162,7 @@ class Remembered:
     disk: Any = None  # `stream.LayersOnDisk`, if its layers are read from disk one at a time
     lora: Any = None  # `lora.LoraCoverage`, if `add_lora` put adapters into it
     layers_path: str | None = None  # Where the decoder layers are, once it was asked for
-    layer_was_asked: bool = False  # Whether `outputs_beside` is known
-    outputs_beside: int | None = None  # Values that a layer returns beside the hidden states
+    layer_output: Any = None  # What a layer returns, without its tensors; None: not known yet
     row_dim: int = 0  # Dimension of the hidden states that holds the rows of a batch
     head_alone: bool = False  # Whether head after final norm gives the logits
     walk_checked: bool = False  # Whether `walk.check_walk` has passed
@@ -395,8 +394,9 @@ def check_weights(
             f"transformers cannot match the weights of {name} with its configuration "
             f"({type(e).__name__}: {reason}); the checkpoint is incomplete or of another model"
         ) from e
-    if packing:
-        info |= dict(unexpected_keys=[], mismatched_keys=[])
+    if packing:  # packed weights have other shapes, and tensors of their own beside them
+        names = [name for name in info["unexpected_keys"] if name.endswith((".weight", ".bias"))]
+        info |= dict(unexpected_keys=names, mismatched_keys=[])
     check_loading_info(model, info, name)
 
 # %% ../nbs/20_model.ipynb #5902b11c
@@ -545,7 +545,7 @@ def load_model(
     )
     try:
         check_weights(name, trust_remote_code)
-        is_packed = stored_quantization(config) is not None
+        is_packed = stored_quantization(config) not in (None, "bitsandbytes")
         model, loader = _load_weights(request, backend, is_packed)
     except FineTuneError:
         raise

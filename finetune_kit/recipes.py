@@ -13,7 +13,6 @@ from pathlib import Path
 import yaml
 
 from finetune_kit.architecture import (
-    decoder_layers,
     empty_model,
     per_layer_facts,
 )
@@ -94,15 +93,13 @@ def _tool_limits(config, tool: str) -> list[str]:
 
 # %% ../nbs/78_recipes.ipynb #78a00003
 def _check_decoder(model):
-    "`UnsupportedModelError` for an encoder, alone or beside the decoder."
+    "`UnsupportedModelError` for the type of an encoder."
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
     config = model.config
-    encoder = config.model_type in MASKED or getattr(config, "is_encoder_decoder", False)
-    modules = decoder_layers(model).modules()
-    if encoder or any(getattr(module, "is_causal", None) is False for module in modules):
+    if config.model_type in MASKED:  # `model_config` refuses those that say what they are
         raise UnsupportedModelError(
-            f"{config.model_type} is or has an encoder, whose tokens see later ones; recipes are "
+            f"{config.model_type} is an encoder, also where it is used as a decoder; recipes are "
             "for decoders, like Llama"
         )
 

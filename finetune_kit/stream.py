@@ -250,11 +250,6 @@ def _model_without_weights(config, dtype):
     from transformers import AutoModelForCausalLM
 
     kind = config.model_type
-    if getattr(config, "quantization_config", None):
-        raise UnsupportedModelError(
-            f"{kind}: the checkpoint is quantised, and layers are streamed as they are stored; "
-            "load the model without stream"
-        )
     try:
         with init_empty_weights(include_buffers=False), quiet():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -26,6 +26,7 @@ from finetune_kit.architecture import (
     renumber,
     slice_config,
     type_changes,
+    with_hidden_states,
 )
 from finetune_kit.core import (
     FineTuneError,
@@ -162,7 +163,7 @@ def _put_back(undo: Undo):
 def _hand_through(module, args, kwargs, output):
     "A forward hook: the module returns what it was given."
     hidden = args[0] if args else kwargs["hidden_states"]
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    return with_hidden_states(output, hidden)
 
 
 @contextlib.contextmanager
