@@ -413,6 +413,7 @@ def record_settings(
 SWITCHED_OFF = dict(
     gradient_checkpointing=False,  # by the config's `checkpointing`, or where memory is short
     report_to="none",  # trackers are added as callbacks
+    router_aux_loss_coef=0.0,  # the loss is that of the tokens; it would also stay in the config
     disable_tqdm=True,  # a report has a bar of its own
     padding_free=False,  # rows come in lines of ours
     max_length=None,  # rows were cut when they were encoded

@@ -26,6 +26,7 @@ from finetune_kit.architecture import (
     parts_of,
     with_hidden_states,
 )
+from .batches import padding_leaks
 from .core import FineTuneError, InvalidConfigError, UnsupportedModelError
 from .cuts import Cut, Level, count_calls, walk_levels
 from .model import causal_lm, n_layers, remembered
@@ -367,6 +368,15 @@ def _walked_states(model, layers: list[int | None], batch: dict) -> list[torch.T
     return [branch.movedim(traced.row_dim, 0)[real] for branch in states]
 
 
+def _check_padding(model):
+    "`UnsupportedModelError` where a padded row is not what it is alone: the walk pads."
+    difference = padding_leaks(model)
+    if difference:
+        raise UnsupportedModelError(
+            f"padding changes what the model says of a row ({difference}), and the walk pads"
+        )
+
+
 def _compare_walk(model):
     depth = n_layers(model)
     on_disk = remembered(model).disk is not None
@@ -390,8 +400,8 @@ def _compare_walk(model):
 
 
 @contextlib.contextmanager
-def _reason_said(model):
-    "Within the block, what goes wrong is said to be why the model cannot be walked."
+def _reason_said(model, how: str):
+    "Within the block, what goes wrong is said to be why the model cannot be studied so."
     try:
         yield
     except Exception as error:
@@ -399,8 +409,7 @@ def _reason_said(model):
         if isinstance(error, FineTuneError) and not isinstance(error, UnsupportedModelError):
             raise
         raise UnsupportedModelError(
-            f"{kind} cannot be studied in one walk through its layers; naive=True takes a pass "
-            f"for each cut instead. Reason: {str(error) or type(error).__name__}"
+            f"{kind} cannot be studied {how}. Reason: {str(error) or type(error).__name__}"
         ) from error
 
 
@@ -415,11 +424,31 @@ def check_walk(
     facts = remembered(model)
     if facts.walk_checked:
         return
-    with _reason_said(model), torch.no_grad():
+    how = "in one walk through its layers; naive=True takes a pass for each cut instead"
+    with _reason_said(model, how), torch.no_grad():
+        _check_padding(model)
         _compare_walk(model)
     facts.walk_checked = True
 
 # %% ../nbs/36_walk.ipynb #36a00006
+def _check_both_parts(model, traced: TracedBatch, layer: int):
+    "`UnsupportedModelError` where a layer without attention and MLP does not return its input."
+    module = traced.layers[layer]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(weights(model, layer))
+        for part in ("attention", "mlp"):
+            if parts_of(module, part):
+                stack.enter_context(part_removed(module, part))
+        (output,) = traced.through(layer, [traced.start])
+    error = (output - traced.start).float().norm() / traced.start.float().norm()
+    if not error <= tolerance(model):
+        raise UnsupportedModelError(
+            f"layer {layer} without both still changes what it is given (by {error:.2g} of its "
+            "norm), so these are not all that it adds"
+        )
+
+
 def check_parts(
     model,  # Causal language model in eval mode, streamed or not
     part: str,  # "attention" or "mlp"
@@ -439,21 +468,11 @@ def check_parts(
             f"{kind}: {len(lacking)} of {n_layers(model)} layers have no {part} of their own, "
             f"layer {lacking[0]} first; cut whole layers"
         )
-    batch = probe_batch(model)
-    with _reason_said(model):
+    with _reason_said(model, "without its attention or its MLP; cut whole layers"):
+        batch = probe_batch(model)
         traced = TracedBatch(model, batch | dict(labels=batch["input_ids"]))
-    for layer, module in enumerate(layers):
-        other = "mlp" if part == "attention" else "attention"
-        others = other if parts_of(module, other) else None
-        with torch.no_grad(), weights(model, layer), part_removed(module, others):
-            (output,) = traced.through(layer, [traced.start], part)
-        error = (output - traced.start).float().norm() / traced.start.float().norm()
-        if not error <= tolerance(model):
-            raise UnsupportedModelError(
-                f"{kind}: layer {layer} without attention and MLP still changes what it is given "
-                f"(by {error:.2g} of its norm), so these are not all that it adds; "
-                "cut whole layers"
-            )
+        for layer in range(n_layers(model)):
+            _check_both_parts(model, traced, layer)
     remembered(model).parts_checked.add(part)
 
 # %% ../nbs/36_walk.ipynb #fa74a510

@@ -42,7 +42,8 @@ CUT = CUTS[0]  # where one is enough
 def hand_through(module, args, kwargs, output):
     "A layer's output replaced by its input."
     hidden = args[0] if args else kwargs["hidden_states"]
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    is_several = isinstance(output, (tuple, list))
+    return type(output)((hidden, *output[1:])) if is_several else hidden
 
 
 class HandedThrough:

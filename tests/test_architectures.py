@@ -51,6 +51,7 @@ REASONS = (
     "are not all that it adds",
     "in one walk through its layers",
     "leave something for later layers",
+    "without its attention or its MLP",
     "GGUF",
     "LoRA",
 )

@@ -54,7 +54,8 @@ def logits_of(model):
 
 def hand_through(module, args, kwargs, output):
     hidden = args[0] if args else kwargs["hidden_states"]
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    is_several = isinstance(output, (tuple, list))
+    return type(output)((hidden, *output[1:])) if is_several else hidden
 
 
 def handed_through(model, plan):
