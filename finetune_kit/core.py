@@ -376,7 +376,9 @@ def _check_size(text: str):
             anchor, before = starts.pop()
             anchors[anchor] = values - before
         elif isinstance(event, yaml.NodeEvent):
-            values += 1 + (anchors.get(event.anchor, 0) if isinstance(event, yaml.AliasEvent) else 0)
+            values += 1 + (
+                anchors.get(event.anchor, 0) if isinstance(event, yaml.AliasEvent) else 0
+            )
         if isinstance(event, yaml.CollectionStartEvent):
             starts.append((event.anchor, values))
         if len(starts) > MOST_LEVELS:

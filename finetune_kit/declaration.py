@@ -85,7 +85,26 @@ def parse_parameters(
     return parameters
 
 # %% ../nbs/54_declaration.ipynb #f424a917
-_ANNOTATION_NAMES = dict(Annotated=Annotated, Any=Any, Field=Field, Literal=Literal)
+_TYPES = {t.__name__: t for t in (bool, int, float, str, list, dict, tuple, set)}
+_ANNOTATION_NAMES = dict(Annotated=Annotated, Any=Any, Field=Field, Literal=Literal) | _TYPES
+_ANNOTATION_NODES = (
+    *(ast.Expression, ast.Name, ast.Load, ast.Constant, ast.Subscript, ast.Tuple, ast.List),
+    *(ast.BinOp, ast.BitOr, ast.UnaryOp, ast.USub, ast.Call, ast.keyword),
+)
+
+
+def _annotated_type(annotation: str) -> Any:
+    "The type that an annotation names; `ValueError` for what could do more than name one."
+    tree = ast.parse(annotation, mode="eval")
+    for node in ast.walk(tree):
+        is_known = isinstance(node, _ANNOTATION_NODES)
+        if isinstance(node, ast.Name):
+            is_known = node.id in _ANNOTATION_NAMES
+        if isinstance(node, ast.Call):
+            is_known = isinstance(node.func, ast.Name) and node.func.id == "Field"
+        if not is_known:
+            raise ValueError(f"{ast.unparse(node)!r} is not known here")
+    return eval(compile(tree, "annotation", "eval"), dict(_ANNOTATION_NAMES, __builtins__={}))
 
 
 def _field_type(parameter: Parameter) -> Any:
@@ -94,11 +113,11 @@ def _field_type(parameter: Parameter) -> Any:
         # `bool |`, as StrictConfig refuses a bool for every type that does not name it
         return bool | Any if parameter.default is None else type(parameter.default)
     try:
-        return eval(parameter.annotation, dict(_ANNOTATION_NAMES))
+        return _annotated_type(parameter.annotation)
     except Exception as e:
         raise InvalidConfigError(
             f"parameter {parameter.name}: cannot read the annotation {parameter.annotation!r} "
-            f"({e}); use built-in types and {', '.join(_ANNOTATION_NAMES)}"
+            f"({e}); use {', '.join(_ANNOTATION_NAMES)}"
         ) from None
 
 

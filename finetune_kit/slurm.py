@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ENDED_STATES', 'SQUEUE', 'SBATCH_OPTIONS', 'slurm_queue', 'JobStates', 'record_failure', 'Submitted', 'wait_for_jobs',
-           'make_executor', 'run_on_cluster', 'slurm_script']
+           'check_slurm', 'make_executor', 'run_on_cluster', 'slurm_script']
 
 # %% ../nbs/64_slurm.ipynb #b2b2fe05
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -161,6 +162,29 @@ def wait_for_jobs(
         raise
 
 # %% ../nbs/64_slurm.ipynb #e8661e3a
+_SLURM_TEXT = re.compile(r"[\w.:,=/@%+*-]+")
+
+
+def check_slurm(
+    parameters: dict,  # As a sweep's file gives them
+):
+    """`InvalidConfigError` for a text that could become a line, or a command, of the job's script.
+
+    `slurm_setup` is a list of commands by its meaning; each must be one line."""
+    for name, value in parameters.items():
+        if isinstance(value, dict):
+            parts = [*value, *value.values()]
+        else:
+            parts = value if isinstance(value, list | tuple) else [value]
+        for part in parts:
+            text = str(part)
+            is_command = name == "slurm_setup" and text.isprintable()
+            if not (is_command or _SLURM_TEXT.fullmatch(text)):
+                raise InvalidConfigError(
+                    f"slurm: {name}={part!r}: use letters, digits and . : , = / @ % + * - _ only"
+                )
+
+
 def make_executor(
     spec: SweepSpec,  # Its name is the jobs' name
     cluster: str,  # "slurm"; "local" runs the jobs as processes on this machine
@@ -169,6 +193,7 @@ def make_executor(
     "`FineTuneError` where there is no such cluster, `InvalidConfigError` for a bad parameter."
     import submitit
 
+    check_slurm(parameters)
     folder = runs_folder() / f"sweep-{spec.name}" / "jobs"
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
@@ -224,6 +249,7 @@ def slurm_script(
     n_runs: int,  # How many runs there are
 ) -> str:  # A bash script for sbatch, one array task a run
     "The sweep as an array script. `InvalidConfigError` for a parameter that a script cannot have."
+    check_slurm(spec.slurm)
     options = []
     for name, value in spec.slurm.items():
         if name not in SBATCH_OPTIONS:
