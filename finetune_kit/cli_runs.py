@@ -18,6 +18,7 @@ import typer
 
 from .core import FineTuneError, InvalidConfigError, resolve_path, write_atomic
 from finetune_kit.terminal import (
+    AgainOption,
     DialsOption,
     JsonListOption,
     JsonOption,
@@ -34,10 +35,11 @@ def run(
     notebook: Annotated[Path, typer.Argument(help="An experiment notebook, like nbs/train.ipynb")],
     parameter: DialsOption = None,
     output: OutOption = None,
+    again: AgainOption = False,
     as_json: JsonOption = False,
 ):
     "Run an experiment strictly: `finetune-kit run nbs/train.ipynb -p drop_layer 7`."
-    print_report(execute(notebook, parameter, output), as_json)
+    print_report(execute(notebook, parameter, output, again), as_json)
 
 
 # What `train` asks in a terminal: dial, question, default
@@ -49,19 +51,29 @@ QUESTIONS = (
 
 
 @app.command()
-def train(parameter: DialsOption = None, output: OutOption = None, as_json: JsonOption = False):
+def train(
+    parameter: DialsOption = None,
+    output: OutOption = None,
+    again: AgainOption = False,
+    as_json: JsonOption = False,
+):
     "Take layers out, heal, and compare with the control: `finetune-kit train -p drop_layer 7`."
     if not parameter and sys.stdin.isatty():
         parameter = []
         for dial, question, default in QUESTIONS:
             parameter.append(f"{dial}={typer.prompt(question, default=default)}")
-    print_report(execute("nbs/train.ipynb", parameter, output), as_json)
+    print_report(execute("nbs/train.ipynb", parameter, output, again), as_json)
 
 
 @app.command()
-def study(parameter: DialsOption = None, output: OutOption = None, as_json: JsonOption = False):
+def study(
+    parameter: DialsOption = None,
+    output: OutOption = None,
+    again: AgainOption = False,
+    as_json: JsonOption = False,
+):
     "Which layers matter, and for what: `finetune-kit study -p items 48`."
-    print_report(execute("nbs/layer_study.ipynb", parameter, output), as_json)
+    print_report(execute("nbs/layer_study.ipynb", parameter, output, again), as_json)
 
 # %% ../nbs/91_cli_runs.ipynb #9d0e0d06
 RunsArgument = Annotated[
@@ -91,12 +103,13 @@ def evaluate(
     source: DataOption = "data/domains",
     parameter: DialsOption = None,
     output: OutOption = None,
+    again: AgainOption = False,
     as_json: JsonOption = False,
 ):
     """How good are runs on data, against their base:
     `finetune-kit evaluate train-drop7 --data my.jsonl`."""
     dials = evaluation_dials(run_ids, source, parameter)
-    print_report(execute("nbs/evaluate.ipynb", dials, output), as_json)
+    print_report(execute("nbs/evaluate.ipynb", dials, output, again), as_json)
 
 
 def print_benchmark(run_id: str, evaluation: dict):
@@ -118,6 +131,7 @@ def benchmark(
     prompts: PromptsOption = 16,
     parameter: DialsOption = None,
     output: OutOption = None,
+    again: AgainOption = False,
     as_json: JsonOption = False,
 ):
     """How good and how fast are runs, against their base:
@@ -127,7 +141,7 @@ def benchmark(
     from finetune_kit.registry import load_run
 
     dials = evaluation_dials(run_ids, source, [f"speed={prompts}", *(parameter or [])])
-    report = execute("nbs/evaluate.ipynb", dials, output)
+    report = execute("nbs/evaluate.ipynb", dials, output, again)
     if report is None:
         raise FineTuneError("nbs/evaluate.ipynb printed no report")
     record = load_run(report.parent.name).info

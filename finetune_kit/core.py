@@ -370,7 +370,9 @@ MOST_VALUES = 100_000  # In one file, with what its aliases repeat
 
 def _check_size(text: str):
     "`yaml.YAMLError` for nesting or repetition that no config needs, before anything is built."
-    values, starts, anchors = 0, [], {}
+    values = 0
+    starts: list[tuple[str | None, int]] = []  # Anchor, and the values before it
+    anchors: dict[str | None, int] = {}  # How many values it stands for
     for event in yaml.parse(text, yaml.SafeLoader):
         if isinstance(event, yaml.CollectionEndEvent):
             anchor, before = starts.pop()

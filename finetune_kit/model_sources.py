@@ -71,6 +71,9 @@ def _model_folder(run: Run) -> Path:
             raise ModelLoadError(
                 f"run {run.id}: run.json lacks {key!r}; it is damaged, or something else wrote it"
             )
+    base = run.info["config"].get("model")
+    if not isinstance(base, str):
+        raise ModelLoadError(f"run {run.id}: the model of its config is {base!r}, no name")
     folder = run.folder / run.info.get("artifacts", {}).get("model", "model")
     is_inside = folder.resolve().parent == run.folder.resolve()
     if not is_inside or not folder.is_dir():

@@ -41,7 +41,7 @@ def _has_values(run: Run, conditions: Sequence[str]) -> bool:  # ["seed=1"]
             return False
     return True
 
-# %% ../nbs/58_registry.ipynb #c827dc00
+# %% ../nbs/58_registry.ipynb #98b2b594
 def _told_apart(runs: list[Run]) -> str:  # "train-drop7-3f2a91c0 (seed=0), ..."
     "Ids, with the dials in which the runs differ."
     configs = [run.info.get("config", {}) for run in runs]
@@ -93,7 +93,7 @@ def load_run(
         raise _not_found(id, runs)
     of_one_cut = _of_one_cut(begun, matches)
     if len(of_one_cut) > 1:
-        log.info("%s: the newest of %d, %s", id, len(of_one_cut), _told_apart(of_one_cut))
+        log.warning("%s: the newest of %d, %s", id, len(of_one_cut), _told_apart(of_one_cut))
     if of_one_cut:
         return of_one_cut[0]
     if len(matches) > 1:

@@ -152,7 +152,7 @@ def wait_for_jobs(
                 waiting.remove(each)
                 info = each.run.info
                 started = info.get("started") or each.at
-                each.run.seconds = (info.get("finished") or time.time()) - started
+                each.run.seconds = max(0.0, (info.get("finished") or time.time()) - started)
                 on_done(each.run)
             if waiting:
                 time.sleep(every)
@@ -172,11 +172,8 @@ def check_slurm(
 
     `slurm_setup` is a list of commands by its meaning; each must be one line."""
     for name, value in parameters.items():
-        if isinstance(value, dict):
-            parts = [*value, *value.values()]
-        else:
-            parts = value if isinstance(value, list | tuple) else [value]
-        for part in parts:
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        for part in parts if isinstance(parts, list | tuple) else [parts]:
             text = str(part)
             is_command = name == "slurm_setup" and text.isprintable()
             if not (is_command or _SLURM_TEXT.fullmatch(text)):

@@ -130,7 +130,11 @@ def finished_records(
     "The finished runs of an experiment."
     files = runs_folder().glob(f"{experiment}-*/run.json")
     records = [read_record(file.parent) for file in files]
-    return [info for info in records if info["status"] == "done" and info.get("finished")]
+    return [
+        info
+        for info in records
+        if info["status"] == "done" and info.get("started") and info.get("finished")
+    ]
 
 
 def has_settings(
@@ -158,7 +162,8 @@ def forecast_sweep(
     settings = without(planned[0].cfg, [*varied, *CUT_DIALS])
     as_recorded = json.loads(json.dumps(settings, default=str))
     alike = [info for info in records if has_settings(info, as_recorded)]
-    times = [info["finished"] - info["started"] for info in alike or records]
+    # A clock may have been set back meanwhile
+    times = [max(0.0, info["finished"] - info["started"]) for info in alike or records]
     seconds = statistics.median(times) * math.ceil(len(remaining) / jobs)
     runs = "1 finished run" if len(times) == 1 else f"{len(times)} finished runs"
     return Forecast(
