@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ModelArgument', 'QuestionArgument', 'SystemOption', 'TokensOption', 'TemperatureOption', 'TopPOption', 'SeedOption',
-           'DomainOption', 'BackendOption', 'LOOPBACK', 'ServedModels', 'ServedRuns', 'HostOption', 'PortOption',
+           'DomainOption', 'BackendOption', 'ServedModels', 'ServedRuns', 'HostOption', 'AllowHostOption', 'PortOption',
            'KeepOption', 'BatchOption', 'QueueOption', 'LimitOption', 'OfferedModels', 'OfferedRuns', 'ShareOption',
            'TargetOption', 'FileOption', 'DtypeOption', 'InexactOption', 'LlamaCppOption', 'UploadedModel',
            'RepoArgument', 'FormOption', 'GoOption', 'PublicOption', 'print_answer', 'converse', 'chat', 'named_models',
-           'service_key', 'serve', 'demo', 'export', 'check_form', 'exported_folder', 'upload']
+           'service_key', 'answered_hosts', 'serve', 'demo', 'export', 'check_form', 'exported_folder', 'upload']
 
 # %% ../nbs/93_cli_use.ipynb #9a3dd8b4
 import json
@@ -20,7 +20,6 @@ from typing import Annotated
 import typer
 
 from .core import FineTuneError, InvalidConfigError, MissingConfigError, choices
-from .logs import log
 from .terminal import JsonOption, app, complete_run_ids
 
 # %% ../nbs/93_cli_use.ipynb #d9cb9a28
@@ -125,25 +124,30 @@ def named_models(
     return models or None
 
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-def service_key(host: str, port: int) -> str | None:
-    "The API key from the environment. A warning where there is none and strangers could come."
+def service_key(host: str) -> str | None:
+    """The API key from the environment. `MissingConfigError` where there is none and strangers
+    could come."""
+    from finetune_kit.guards import LOOPBACK
     from finetune_kit.hub import secret
 
     try:
         return secret("FINETUNE_KIT_API_KEY")
     except MissingConfigError:
-        pass
-    if host not in LOOPBACK:
-        log.warning(
-            "anybody who reaches %s:%d can use the models; "
-            "set FINETUNE_KIT_API_KEY to ask for a key",
-            host,
-            port,
-        )
-    return None
+        if host in LOOPBACK:
+            return None
+    raise MissingConfigError(
+        f"--host {host}: others can reach the service there, so it needs a key; "
+        "set FINETUNE_KIT_API_KEY (also in .env), or serve on 127.0.0.1"
+    )
+
+
+def answered_hosts(host: str, names: list[str] | None) -> list[str]:
+    "The names that the service answers to: on loopback its own, else any; and those by hand."
+    from finetune_kit.guards import LOOPBACK
+
+    if names:
+        return [*LOOPBACK, *names]
+    return [*LOOPBACK] if host in LOOPBACK else ["*"]
 
 
 ServedModels = Annotated[
@@ -155,7 +159,17 @@ ServedModels = Annotated[
     ),
 ]
 ServedRuns = Annotated[bool, typer.Option(help="Serve the registry's finished runs")]
-HostOption = Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 for every interface")]
+HostOption = Annotated[
+    str, typer.Option(help="Where to listen; 0.0.0.0 for every interface, which needs a key")
+]
+AllowHostOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-host",
+        metavar="NAME",
+        help="Answer to this host name too, as often as needed; behind a proxy, the proxy's",
+    ),
+]
 PortOption = Annotated[int, typer.Option(help="0 for any free one")]
 KeepOption = Annotated[int, typer.Option(help="Models kept in memory")]
 BatchOption = Annotated[int, typer.Option(help="Requests answered together")]
@@ -169,6 +183,7 @@ def serve(
     runs: ServedRuns = True,
     host: HostOption = "127.0.0.1",
     port: PortOption = 8000,
+    allow_host: AllowHostOption = None,
     keep: KeepOption = 2,
     batch_size: BatchOption = 16,
     max_queue: QueueOption = 64,
@@ -182,10 +197,19 @@ def serve(
     from finetune_kit.engine import Engine
     from finetune_kit.serve import create_app
 
-    key = service_key(host, port)
+    key = service_key(host)
+    hosts = answered_hosts(host, allow_host)
     engine = Engine(keep, batch_size, max_queue=max_queue, backend=backend)
-    service = create_app(named_models(model), runs, key, max_tokens=max_tokens, engine=engine)
-    uvicorn.run(service, host=host, port=port, timeout_graceful_shutdown=30)
+    service = create_app(
+        named_models(model),
+        runs,
+        key,
+        max_tokens=max_tokens,
+        engine=engine,
+        allowed_hosts=hosts,
+    )
+    # An access log would keep what clients ask in a URL
+    uvicorn.run(service, host=host, port=port, timeout_graceful_shutdown=30, access_log=False)
 
 
 OfferedModels = Annotated[

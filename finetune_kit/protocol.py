@@ -218,9 +218,15 @@ def error_body(
 def error_of(
     error: Exception,  # What happened
 ) -> tuple[int, dict[str, Any]]:  # HTTP status, body
-    "An exception as clients see it; the details of one that the kit does not know stay in the log."
-    for kind, status, code in ERRORS:
+    """An exception as clients see it. What went wrong inside the service stays in its log: such
+    a message may name files of the server."""
+    status, code = 500, "internal_error"
+    for kind, its_status, its_code in ERRORS:
         if isinstance(error, kind):
-            return status, error_body(str(error), status, code)
-    message = f"the model failed ({type(error).__name__}); see the service's log"
-    return 500, error_body(message, 500, "internal_error")
+            status, code = its_status, its_code
+            break
+    if status < 500:
+        return status, error_body(str(error), status, code)
+    failed = "cannot be loaded" if status == 503 else "failed"
+    message = f"the model {failed} ({type(error).__name__}); see the service's log"
+    return status, error_body(message, status, code)

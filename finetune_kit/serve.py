@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['SharedService', 'public_routes', 'locked_routes', 'Service', 'service_of', 'require_key', 'error_response',
-           'add_error_handlers', 'answer', 'health', 'metrics', 'list_models', 'one_model', 'chat_route', 'text_route',
-           'create_app', 'serving', 'Client']
+           'add_error_handlers', 'answer', 'health', 'metrics', 'openapi', 'docs', 'list_models', 'one_model',
+           'chat_route', 'text_route', 'create_app', 'serving', 'Client']
 
 # %% ../nbs/86_serve.ipynb #cdef77a0
 import asyncio
 import contextlib
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, FastAPI, HTTPException
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -28,7 +30,15 @@ from .catalogue import Catalogue
 from .client import Client
 from .core import FineTuneError, InvalidConfigError
 from .engine import Engine
-from .guards import BodyLimit, Stats, check_key_choice, is_key
+from finetune_kit.guards import (
+    LOOPBACK,
+    BodyLimit,
+    HostCheck,
+    Stats,
+    check_key_choice,
+    is_key,
+)
+from .logs import log
 from finetune_kit.protocol import (
     Body,
     ChatBody,
@@ -92,6 +102,7 @@ _MEANINGS = {
     401: "Wrong API key",
     404: "Unknown model",
     413: "Body too large",
+    421: "Unknown host name",
     422: "Malformed body",
     429: "Queue full",
     500: "The model failed",
@@ -116,7 +127,10 @@ def error_response(status: int, content: dict, headers=None) -> JSONResponse:
 
 
 async def _on_exception(http, error):
-    return error_response(*error_of(error))
+    status, content = error_of(error)
+    if status >= 500:
+        log.error("answered with %d: %s: %s", status, type(error).__name__, error)
+    return error_response(status, content)
 
 
 async def _on_http_error(http, error):
@@ -194,6 +208,18 @@ async def metrics(service: SharedService):
     return PlainTextResponse(service.stats.text(), media_type="text/plain; version=0.0.4")
 
 
+@locked_routes.get("/openapi.json", include_in_schema=False)
+async def openapi(http: HttpRequest) -> dict:
+    "The OpenAPI document."
+    return http.app.openapi()
+
+
+@locked_routes.get("/docs", include_in_schema=False)
+async def docs():
+    "The routes, to be tried in a browser."
+    return get_swagger_ui_html(openapi_url="openapi.json", title="finetune_kit")
+
+
 @locked_routes.get("/v1/models", responses=_documented(401))
 def list_models(service: SharedService) -> dict:
     "All models."
@@ -240,6 +266,7 @@ def create_app(
     max_tokens: int = 512,  # Longest answer that may be asked for, in tokens
     default_tokens: int = 128,  # Longest answer where the client does not say, in tokens
     engine: Engine | None = None,  # None: as `Engine()` makes it
+    allowed_hosts: Sequence[str] = LOOPBACK,  # Names that clients may call it by; "*": any
 ) -> FastAPI:  # Its `state.service` is a `Service`
     "OpenAI-shaped service. The engine starts at once."
     check_key_choice(api_key)
@@ -250,11 +277,15 @@ def create_app(
         title="finetune_kit",
         description="Models, cut and healed ones too, behind OpenAI's routes.",
         lifespan=_lifespan,
+        openapi_url=None,
+        docs_url=None,  # the routes for both are behind the key
+        redoc_url=None,
     )
     app.state.service = Service(
         Catalogue(models, runs), engine, Stats(engine), api_key, max_tokens, default_tokens
     )
     app.add_middleware(BodyLimit, limit=max_body)
+    app.add_middleware(HostCheck, allowed=allowed_hosts)
     add_error_handlers(app)
     app.include_router(public_routes)
     app.include_router(locked_routes)

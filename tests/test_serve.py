@@ -155,6 +155,33 @@ def test_key_and_json(service):
     assert httpx.get(service[0] + "/health").json()["status"] == "ok"
 
 
+def test_strangers_names_and_pages(service):
+    "A page of another name (DNS rebinding) gets nothing, nor does anybody without the key."
+    import httpx
+
+    url = service[0]
+    rebound = httpx.get(f"{url}/health", headers=dict(Host="evil.example"))
+    assert rebound.status_code == 421
+    assert rebound.json()["error"]["code"] == "unknown_host"
+    for path in ("/docs", "/openapi.json", "/metrics", "/v1/models"):
+        assert httpx.get(url + path).status_code == 401
+        authorized = httpx.get(url + path, headers={"Authorization": f"Bearer {KEY}"})
+        assert authorized.status_code == 200
+    assert httpx.get(f"{url}/redoc").status_code == 404
+
+
+def test_no_reply_names_a_file_of_the_server(service, client):
+    "Of a run that cannot be loaded, of a folder without a model, of a name that is a path."
+    folder = os.environ["FINETUNE_KIT_RUNS"]
+    for name in ("train-broken-1", "nothing", "../..", "/etc/passwd", "base/../base"):
+        with pytest.raises(openai.APIStatusError) as raised:
+            client.completions.create(model=name, prompt="a", max_tokens=1)
+        text = raised.value.response.text
+        assert folder not in text
+        assert str(ROOT) not in text
+        assert "config.json" not in text
+
+
 def test_many_at_once_answer_as_alone(service, client, own):
     "32 at the same time, half of them streams: each answer is its single-request twin's."
     words = ["moon", "gate", "duck", "wolf", "rain", "cup", "hill", "boat"]
@@ -262,7 +289,9 @@ def test_no_request_breaks_the_service(service):
     schemathesis = pytest.importorskip("schemathesis")
     from hypothesis import HealthCheck, given, settings
 
-    schema = schemathesis.openapi.from_url(service[0] + "/openapi.json")
+    schema = schemathesis.openapi.from_url(
+        service[0] + "/openapi.json", headers={"Authorization": f"Bearer {KEY}"}
+    )
     statuses = []
 
     def attack(operation, mode, names_model=False):
