@@ -24,6 +24,7 @@ from finetune_kit.core import (
 from finetune_kit.gguf_tokenizers import (
     USE_CONVERTER,
     end_of_turn,
+    is_byte_level,
     piece_scores,
     plain_template,
     split_name,
@@ -83,7 +84,7 @@ def check_gguf(
             f"GGUF with a {spec['model']['type']} tokenizer: only BPE is supported, "
             f"byte-level or SentencePiece; {USE_CONVERTER}"
         )
-    if spec["model"].get("byte_fallback"):
+    if spec["model"].get("byte_fallback") and not is_byte_level(spec):
         piece_scores(spec)
         return GGUF_ARCH[cfg.model_type], "llama"
     split_name(spec)
