@@ -7,7 +7,7 @@ __all__ = ['SET_BY_FIELD', 'NEUTRAL', 'NO_MODELS', 'NOT_CAUSAL', 'ROPE_FACTORS',
            'BYTES', 'known_architectures', 'llama3_factors', 'read_config', 'gguf_cache', 'gguf_config_folder',
            'gguf_folder', 'gguf_bytes']
 
-# %% ../nbs/09_gguf_model.ipynb #13b14923
+# %% ../nbs/09_gguf_model.ipynb #37251bd2
 import json
 import os
 import shutil
@@ -33,7 +33,7 @@ from finetune_kit.gguf_header import (
 from .gguf_vocabulary import build_tokenizer, check_tokenizer_of
 from .logs import log, quiet, timed
 
-# %% ../nbs/09_gguf_model.ipynb #316c1513
+# %% ../nbs/09_gguf_model.ipynb #eb534096
 # Field, without the architecture's name before it → attribute of the configuration
 SET_BY_FIELD = {
     "attention.key_length": "head_dim",
@@ -79,7 +79,7 @@ def _mapped_fields(header: GgufHeader) -> set[str]:
     taken = GGUF_CONFIG_MAPPING[_reader_name(header)]
     return {field for field, attribute in taken.items() if attribute is not None}
 
-# %% ../nbs/09_gguf_model.ipynb #398e92df
+# %% ../nbs/09_gguf_model.ipynb #92d8223b
 NO_MODELS = ("general", "tokenizer")  # Keys of transformers' list that are no architectures
 NOT_CAUSAL = ("t5", "umt5")
 
@@ -107,7 +107,7 @@ def _reader_name(header: GgufHeader) -> str:
         "hub id that the file was made from"
     )
 
-# %% ../nbs/09_gguf_model.ipynb #f14066ae
+# %% ../nbs/09_gguf_model.ipynb #652691f4
 ROPE_FACTORS = "rope_freqs.weight"
 LLAMA_CPP_THETA = 10000.0  # What llama.cpp takes where a file does not say it
 LLAMA3 = dict(
@@ -175,7 +175,7 @@ def _read_tensor(path, name):
     (tensor,) = [tensor for tensor in GGUFReader(path).tensors if tensor.name == name]
     return dequantize(tensor.data, tensor.tensor_type)
 
-# %% ../nbs/09_gguf_model.ipynb #7f248196
+# %% ../nbs/09_gguf_model.ipynb #a8584e93
 # Depth of the models that scale attention by width over heads, and not by the size of a head
 GEMMA_27B = {"gemma2": 46, "gemma3_text": 62}
 
@@ -233,7 +233,7 @@ def _set_special_ids(header, config):
             "write the file anew with it"
         )
 
-# %% ../nbs/09_gguf_model.ipynb #1af3a2d3
+# %% ../nbs/09_gguf_model.ipynb #09aa14d2
 def read_config(
     header: GgufHeader,  # As from `read_header`
 ):  # transformers' `PretrainedConfig`
@@ -252,7 +252,7 @@ def read_config(
     _set_special_ids(header, config)
     return config
 
-# %% ../nbs/09_gguf_model.ipynb #61f1b577
+# %% ../nbs/09_gguf_model.ipynb #96828ce0
 def _check_all_read(header, model, info):
     "`ModelLoadError` if a weight is missing, has another shape, or was passed over."
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
@@ -307,7 +307,7 @@ def _set_generation(header, model):
         pad_token_id=config.pad_token_id,
     )
 
-# %% ../nbs/09_gguf_model.ipynb #ef96acc0
+# %% ../nbs/09_gguf_model.ipynb #1168c48e
 FORM = 1  # Of what is written; a new number when that changes
 
 
@@ -339,7 +339,7 @@ def _made_once(file: Path, part: str, make: Callable[[Path], None]) -> Path:
             shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
-# %% ../nbs/09_gguf_model.ipynb #2bf23cbb
+# %% ../nbs/09_gguf_model.ipynb #a566abde
 BYTES = 4  # Of a number in fp32
 
 

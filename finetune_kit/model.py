@@ -48,7 +48,7 @@ def model_source(
 def lasting_name(
     name: str | Path,  # Folder, GGUF file or hub id
 ) -> str:  # The absolute path of a folder or GGUF file, or the hub id as it is
-    "What is written down of a base, to find it again: of a GGUF file itself, not what is made of it."
+    "What is written down of a base, to find it again: the GGUF file, not what is made of it."
     return str(gguf_file(name)) if is_gguf(name) else model_source(name)
 
 # %% ../nbs/20_model.ipynb #20c0f002
