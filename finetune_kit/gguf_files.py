@@ -11,6 +11,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 from finetune_kit.core import (
@@ -303,10 +305,7 @@ def llamacpp_tokens(
         raise MissingConfigError(
             "llama_cpp cannot be imported; pip install llama-cpp-python"
         ) from None
-    llama = llama_cpp.Llama(str(file), n_ctx=len(ids) + n, verbose=False, logits_all=False)
-    tokens: list[int] = []
-    for token in llama.generate(ids, temp=0.0, top_k=1):
-        tokens.append(int(token))
-        if len(tokens) == n:
-            break
-    return tokens
+    # Its cache rounds keys and values to 16 bits, unless it is told not to
+    exact = dict(type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32)
+    with closing(llama_cpp.Llama(str(file), n_ctx=len(ids) + n, verbose=False, **exact)) as llama:
+        return [int(token) for token in islice(llama.generate(ids, temp=0.0, top_k=1), n)]

@@ -195,7 +195,9 @@ def _check_fields(header, own, config):
     "`UnsupportedModelError` for a field whose meaning the configuration does not have."
     mapped = _mapped_fields(header)
     for field, value in own.items():
-        if field in mapped or (field in NEUTRAL and (not NEUTRAL[field] or value in NEUTRAL[field])):
+        if field in mapped or (
+            field in NEUTRAL and (not NEUTRAL[field] or value in NEUTRAL[field])
+        ):
             continue
         if field in SET_BY_FIELD and getattr(config, SET_BY_FIELD[field], None) == value:
             continue
