@@ -161,7 +161,7 @@ def test_a_run_on_it(tiny, runs, warm, tmp_path):
     from finetune_kit.model_sources import find_model
     from finetune_kit.surgery import load_for_inference
 
-    dials = dict(model=tiny[0], drop_layer=7, max_steps=2, eval_items=4, sample_items=2)
+    dials = dict(model=tiny[0], drop_layer=7, max_steps=2, eval_items=4, max_new_tokens=8)
     result = warm(tmp_path / "o.ipynb", runs, **dials)
     assert result.returncode == 0, result.stderr[-3000:]
     source = find_model("train-drop7")
