@@ -110,7 +110,7 @@ def _reader_name(header: GgufHeader) -> str:
 # %% ../nbs/09_gguf_model.ipynb #652691f4
 ROPE_FACTORS = "rope_freqs.weight"
 LLAMA_CPP_THETA = 10000.0  # What llama.cpp takes where a file does not say it
-LLAMA3 = dict(
+LLAMA3: dict[str, Any] = dict(
     rope_type="llama3",
     low_freq_factor=1.0,
     high_freq_factor=4.0,

@@ -327,3 +327,45 @@ def test_llama_cpp_gives_the_same(loaded, smollm2, tmp_path):
         same += list(scores.argmax(1) == logits.argmax(1))
     quantised.close()
     assert np.mean(same) > 0.8
+
+
+# Gemma 3: a SentencePiece BPE, sliding attention
+
+
+@pytest.fixture(scope="module")
+def gemma3():
+    file = ROOT / "models/gemma3.gguf"
+    if not file.exists():
+        pytest.skip(f"no {file.relative_to(ROOT)}; finetune-kit get gemma3 gets it")
+    return file
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_gemma_is_llama_cpps(gemma3):
+    "Tokens of texts are llama.cpp's, and most next tokens, which it finds with 8 bits."
+    llama_cpp = pytest.importorskip("llama_cpp")
+    import numpy as np
+    import torch
+
+    from finetune_kit.model import load_model
+
+    model, tokenizer = load_model(gemma3, backend="transformers", device="cpu")
+    llama = llama_cpp.Llama(str(gemma3), n_ctx=256, verbose=False, logits_all=True)
+    texts = (
+        *QUESTIONS,
+        "Two  spaces,\n\n\tgrün 你好 🦦, and <bos> within",
+        "The capital of France is Paris, and the capital of Italy is Rome. The capital of Spain is",
+    )
+    same = []
+    for text in texts:
+        ids = tokenizer(text).input_ids
+        assert llama.tokenize(text.encode(), add_bos=True, special=True) == ids
+        llama.reset()
+        llama.eval(ids)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].numpy()
+        same += list(np.array(llama.scores[: len(ids)]).argmax(1) == logits.argmax(1))
+    llama.close()
+    assert np.mean(same) > 0.8
+    assert tokenizer.decode(logits[-1].argmax()) == " Madrid"
