@@ -305,7 +305,12 @@ def llamacpp_tokens(
         raise MissingConfigError(
             "llama_cpp cannot be imported; pip install llama-cpp-python"
         ) from None
-    # Its cache rounds keys and values to 16 bits, unless it is told not to
-    exact = dict(type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32)
-    with closing(llama_cpp.Llama(str(file), n_ctx=len(ids) + n, verbose=False, **exact)) as llama:
+    llama = llama_cpp.Llama(
+        str(file),
+        n_ctx=len(ids) + n,
+        type_k=llama_cpp.GGML_TYPE_F32,  # or it rounds keys and values to 16 bits
+        type_v=llama_cpp.GGML_TYPE_F32,
+        verbose=False,
+    )
+    with closing(llama):
         return [int(token) for token in islice(llama.generate(ids, temp=0.0, top_k=1), n)]
