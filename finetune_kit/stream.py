@@ -21,12 +21,12 @@ from finetune_kit.core import (
     ModelLoadError,
     UnsupportedModelError,
     detect_device,
-    resolve_path,
 )
 from .logs import quiet
 from finetune_kit.model import (
     check_weights,
     model_config,
+    model_source,
     pick_dtype,
     remembered,
     stored_quantization,
@@ -310,7 +310,7 @@ def _check_complete(model, by_layer, folder):
 
 # %% ../nbs/26_stream.ipynb #99af898a
 def stream_model(
-    name: str | Path,  # A folder with a configuration and safetensors
+    name: str | Path,  # A folder with a configuration and safetensors, or a GGUF file
     dtype=None,  # torch dtype to compute in; None: as `pick_dtype` says
     device: str | None = None,  # "cuda", "mps" or "cpu"; None: the best one there is
 ):  # A causal language model in eval mode that is used like any other, slowly
@@ -321,7 +321,7 @@ def stream_model(
     the configuration; `UnsupportedModelError` as `decoder_layers` does, for a quantised checkpoint,
     and where weights cannot be converted by the layer.
     """
-    folder = resolve_path(name)
+    folder = Path(model_source(name))
     config = model_config(name)
     packing = stored_quantization(config)
     if packing:

@@ -42,10 +42,10 @@ from finetune_kit.model import (
     causal_lm,
     first_in_order,
     is_quantized,
+    lasting_name,
     load_model,
     load_tokenizer,
     model_config,
-    model_source,
     n_layers,
     remembered,
 )
@@ -512,7 +512,7 @@ def save_adapter(
     Raises `IncompatibleConfigError` for a plan or tokenizer that does not fit.
     """
     folder = Path(path)
-    base = model_source(base)
+    base = lasting_name(base)
     base_config = model_config(base)
     _check_depths(model, base, base_config, plan)
     check_tokenizer(model, tokenizer, base)
@@ -690,7 +690,7 @@ def _with_adapter(model, folder, base):
 
 # %% ../nbs/25_surgery.ipynb #40abcd16
 def load_for_inference(
-    path: str | Path,  # Folder of an adapter, a run or a checkpoint; or a base's hub id
+    path: str | Path,  # Folder of an adapter, a run or a checkpoint; a GGUF file; a base's hub id
     **load_args,  # For `load_model`: quant, backend, device, …
 ) -> tuple:  # (model in eval mode, tokenizer)
     """

@@ -24,6 +24,8 @@ from finetune_kit.core import (
 )
 from .declaration import config_class, declared_parameters, experiment_name
 from .dials import config_from
+from .gguf_header import is_gguf
+from .gguf_model import gguf_bytes
 from .identity import content_hashes, run_id
 from .record import read_record
 from .settings import StrictConfig
@@ -187,8 +189,15 @@ def count_cores() -> int:
     return os.cpu_count() or 1
 
 
+def _weight_bytes(model: str) -> int:
+    "How much a model's weights take; 0 where they are not on this machine."
+    if is_gguf(model):
+        return gguf_bytes(model)
+    return sum(file.stat().st_size for file in resolve_path(model).glob("*.safetensors"))
+
+
 def most_jobs(
-    model: str | None = None,  # Folder or hub id; of a folder, the weights count
+    model: str | None = None,  # Folder, GGUF file or hub id; of the first two, the weights count
 ) -> JobLimit:
     "How many runs fit on this machine: one a GPU, else one a core, as memory allows."
     import psutil
@@ -198,8 +207,7 @@ def most_jobs(
 
         n_gpus = torch.cuda.device_count()
         return JobLimit(n_gpus, f"{n_gpus} GPUs")
-    files = resolve_path(model or "nothing").glob("*.safetensors")
-    weights = sum(file.stat().st_size for file in files)
+    weights = _weight_bytes(model or "nothing")
     gib = 2**30
     # A kernel takes about 1.2 GiB; then come weights, gradients and AdamW's two moments
     needed = 1.5 * gib + 4 * weights

@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; run by make test-all")
     config.addinivalue_line("markers", "gpu: needs a GPU; run by make test-all where there is one")
+    config.addinivalue_line("markers", "real: needs models/smollm2.gguf, which make real gets")
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +26,15 @@ def real():
     if not REAL.is_dir():
         pytest.skip(f"no real weights and data at {REAL}")
     return REAL
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    "SmolLM2-135M-Instruct as a GGUF file; for tests marked `real`."
+    file = ROOT / "models/smollm2.gguf"
+    if not file.exists():
+        pytest.skip(f"no {file.relative_to(ROOT)}; make real gets it")
+    return file
 
 
 def papermill(out, runs, notebook="nbs/train.ipynb", /, **parameters):
