@@ -64,7 +64,7 @@ class Tokens(NamedTuple):
     ids: list[int]
     labels: list[int]  # As long as `ids`; -100: not scored
     problem: str = ""  # Why it cannot be used; empty: it can
-    n_left_out: int = 0  # As in `rendering.MarkedText`
+    n_unscored: int = 0  # As in `rendering.MarkedText`
 
 
 def _tokenize(texts: list[str], tokenizer, add_special_tokens: bool) -> list:
@@ -98,12 +98,13 @@ def _chat_tokens(rows, tokenizer, template, loss_on) -> list[Tokens]:
     marked = mark_rows(rows, tokenizer, template, loss_on)
     encodings = _tokenize([row.text for row in marked], tokenizer, add_special_tokens=False)
     tokens = []
-    for encoding, (text, spans, *rest) in zip(encodings, marked, strict=True):
+    for encoding, row in zip(encodings, marked, strict=True):
         ids, offsets = encoding.ids, encoding.offsets
-        borders = _covered_starts(offsets, spans)
+        borders = _covered_starts(offsets, row.spans)
         if borders:
-            ids, offsets = _tokens_apart(text, borders, tokenizer)
-        tokens.append(Tokens(ids, span_labels(ids, offsets, spans), *rest))
+            ids, offsets = _tokens_apart(row.text, borders, tokenizer)
+        labels = span_labels(ids, offsets, row.spans)
+        tokens.append(Tokens(ids, labels, row.problem, row.n_unscored))
     return tokens
 
 
@@ -120,11 +121,11 @@ def _encode_chunk(rows, tokenizer, template, max_length, loss_on) -> list[dict |
     text_tokens = iter(_text_tokens(texts, tokenizer))
     encoded: list[dict | str] = []
     for row in rows:
-        ids, labels, problem, n_left_out = next(chat_tokens if "messages" in row else text_tokens)
+        ids, labels, problem, n_unscored = next(chat_tokens if "messages" in row else text_tokens)
         first_ids = ids[:max_length]
         n_cut = len(ids) - len(first_ids)
         kept = dict(input_ids=first_ids, labels=labels[:max_length], n_cut=n_cut)
-        encoded.append(problem or kept | dict(n_left_out=n_left_out))
+        encoded.append(problem or kept | dict(n_unscored=n_unscored))
     return encoded
 
 
@@ -142,10 +143,10 @@ def encode(
     template: str | None = None,  # As for `render`
     max_length: int | None = None,  # Tokens to keep, from 1
     loss_on: str = "answers",  # One of `rendering.LOSS_ON`
-) -> dict:  # Lists `input_ids` and `labels` (-100: not scored); numbers `n_cut` and `n_left_out`
+) -> dict:  # Lists `input_ids` and `labels` (-100: not scored); numbers `n_cut` and `n_unscored`
     """Token ids of a row, and its mask. Nothing is shifted: position i of `labels` is token i.
 
-    `n_cut`: tokens beyond `max_length`; `n_left_out`: earlier answers that are not scored, since
+    `n_cut`: tokens beyond `max_length`; `n_unscored`: earlier answers that are not scored, since
     the template writes them otherwise than at inference. `MaskError` for a row that cannot be used.
     """
     check_max_length(max_length)
@@ -216,12 +217,12 @@ def encode_rows(
     encoded = list(stream_encoded(rows, tokenizer, template, max_length, loss_on, left_out))
     if isinstance(rows, Rows):
         _add_rejects(rows, left_out.rejects)
-    n_left_out = sum(row["n_left_out"] for row in encoded)
-    if n_left_out:
+    n_unscored = sum(row["n_unscored"] for row in encoded)
+    if n_unscored:
         log.warning(
             "%d earlier answers are not scored: in this template they read otherwise than at"
             " inference",
-            n_left_out,
+            n_unscored,
         )
     if encoded:
         return encoded
@@ -239,7 +240,7 @@ def end_ids(
     the one with which the template ends an answer, or a call of a tool.
     """
     found = [end_of_turn(tokenizer, template, tool_call) for tool_call in (False, True)]
-    return declared_ends(tokenizer) | ({*found} - {None})
+    return declared_ends(tokenizer) | {token for token in found if token is not None}
 
 
 class Stretch(NamedTuple):
@@ -527,8 +528,9 @@ def no_end_of_turn(example: Example) -> Fault | None:
             return Fault(
                 f"its last token {example.decode([example.ids[last]])!r} {what}: the model would"
                 " never stop",
-                "a template that ends the assistant's turn with the EOS token,"
-                " and labels that score it",
+                "a template that ends the assistant's turn with the EOS token (or a"
+                " generation_config.json beside the tokenizer that names the token at which the"
+                " model stops), and labels that score it",
             )
     return None
 
@@ -628,7 +630,9 @@ def check_masks(
     template: str | None = None,  # The one they were encoded with
     loss_on: str = "answers",  # As they were encoded
     chunk: int = 256,  # Rows at a time
-) -> dict:  # `rows`, `tokens`, `scored` (tokens), `left_out` (earlier answers that are not scored)
+) -> (
+    dict
+):  # `rows`, `tokens`, `scored` (tokens), `unscored_answers` (earlier ones, by the template)
     """Let the data pass, or raise `MaskError` with the first faulty row, the fault and a remedy.
     Every row is checked. What is scored stands in «». `EmptyDatasetError` for no rows.
     """
@@ -648,5 +652,5 @@ def check_masks(
         rows=len(encoded),
         tokens=sum(len(row["input_ids"]) for row in encoded),
         scored=sum(_count_scored(row["labels"]) for row in encoded),
-        left_out=sum(row.get("n_left_out", 0) for row in encoded),
+        unscored_answers=sum(row.get("n_unscored", 0) for row in encoded),
     )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHIPPED_TEMPLATES', 'templates', 'THOUGHT_FIELDS', 'LOSS_ON', 'chat_template', 'with_thinking', 'render', 'Spoken',
-           'split_thought', 'check_loss_on', 'scored_turns', 'declared_ends', 'special_tokens', 'end_of_turn',
+           'split_thought', 'spoken', 'check_loss_on', 'scored_turns', 'declared_ends', 'special_tokens', 'end_of_turn',
            'lost_part', 'special_pattern', 'spelled_token', 'MarkedText', 'Answer', 'render_rows', 'Ends',
            'row_problem', 'mark_rows', 'answer_spans']
 
@@ -119,6 +119,16 @@ def split_thought(
     return Spoken(found[1].strip(), found[2]) if found else Spoken("", content)
 
 
+def spoken(
+    text: str,  # As it was generated
+) -> str:  # Empty where the thought has no end
+    "What is said after the thought."
+    _, found, answer = text.rpartition("</think>")
+    if found:
+        return answer.strip()
+    return "" if text.lstrip().startswith("<think>") else text.strip()
+
+
 def _has_thought(messages: list[dict]) -> bool:
     for message in messages:
         if "reasoning_content" in message or "</think>" in (message.get("content") or ""):
@@ -201,7 +211,7 @@ def declared_ends(
 ) -> set[int]:  # Token ids
     "What generation stops at: the EOS token, and what the model's `generation_config.json` names."
     ends = set(_declared_ends(str(tokenizer.name_or_path or "")))
-    return ends | ({tokenizer.eos_token_id} - {None})
+    return ends if tokenizer.eos_token_id is None else ends | {tokenizer.eos_token_id}
 
 # %% ../nbs/16_rendering.ipynb #92649eb2
 def special_tokens(tokenizer) -> dict[int, str]:  # Id → text
@@ -400,7 +410,7 @@ class MarkedText(NamedTuple):
     text: str
     spans: list[tuple[int, int]]  # First character, and the one after the last
     problem: str = ""  # Why it cannot be used; empty: it can
-    n_left_out: int = 0  # Earlier answers, not scored since the template writes them otherwise
+    n_unscored: int = 0  # Earlier answers, not scored since the template writes them otherwise
 
 
 @dataclass(frozen=True, eq=False)
@@ -451,8 +461,11 @@ class Ends(NamedTuple):
 def _ends(tokenizer, template) -> Ends:
     specials = special_tokens(tokenizer)
     answer = end_of_turn(tokenizer, template)
-    tool_call = end_of_turn(tokenizer, template, tool_call=True)
-    return Ends(specials.get(answer), specials.get(tool_call))
+    call = end_of_turn(tokenizer, template, tool_call=True)
+    return Ends(
+        None if answer is None else specials[answer],
+        None if call is None else specials[call],
+    )
 
 # %% ../nbs/16_rendering.ipynb #55ff420e
 def _end_of_answer(text: str, start: int, end: str | None) -> int:
@@ -518,7 +531,7 @@ def mark_rows(
     for place, row in enumerate(rows):
         turns = scored_turns(row["messages"], loss_on)
         answers += [Answer(place, row, turn) for turn in turns if not problems[place]]
-    marked = [MarkedText(*pair) for pair in zip(texts, ([] for _ in texts), problems, strict=True)]
+    marked = [MarkedText(text, [], why) for text, why in zip(texts, problems, strict=True)]
     return _mark_all(marked, answers, tokenizer, template)
 
 # %% ../nbs/16_rendering.ipynb #093532a9
@@ -536,13 +549,13 @@ def _mark_all(marked: list[MarkedText], answers: list[Answer], tokenizer, templa
         if answer.is_last:
             last = _mark_last(answer, prompt, so_far.text, end)
             spans = so_far.spans + last.spans
-            marked[answer.conversation] = last._replace(spans=spans, n_left_out=so_far.n_left_out)
+            marked[answer.conversation] = last._replace(spans=spans, n_unscored=so_far.n_unscored)
             continue
         span = _earlier_span(prompt, through[answer], so_far.text, end)
         if span:
             so_far.spans.append(span)
         else:
-            marked[answer.conversation] = so_far._replace(n_left_out=so_far.n_left_out + 1)
+            marked[answer.conversation] = so_far._replace(n_unscored=so_far.n_unscored + 1)
     return marked
 
 # %% ../nbs/16_rendering.ipynb #f82ba46f
