@@ -224,9 +224,9 @@ def special_tokens(tokenizer) -> dict[int, str]:  # Id → text
     return tokens
 
 
-def _first_special(text: str, tokenizer, specials: dict[int, str]) -> int | None:
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    return next((token for token in ids if token in specials), None)
+def _specials_in(text: str, tokenizer) -> list[int]:
+    known = special_tokens(tokenizer)
+    return [i for i in tokenizer(text, add_special_tokens=False).input_ids if i in known]
 
 
 def end_of_turn(
@@ -235,18 +235,19 @@ def end_of_turn(
     tool_call: bool = False,  # After a call of a tool, not after an answer
 ) -> int | None:  # A token id; None where the template writes none at which generation stops
     "The token that ends the assistant's turn."
-    specials = special_tokens(tokenizer)
+    declared = declared_ends(tokenizer)
     turns = _CALL_PROBE if tool_call else _PROBE
     following = dict(role="tool" if tool_call else "user", content="R.")
-    for is_known, probe in ((True, turns), (False, [*turns, following])):
+    for is_alone, probe in ((True, turns), (False, [*turns, following])):
         try:
             text = render(probe, tokenizer, template)
         except jinja2.TemplateError:
             continue
         _, found, rest = text.rpartition(_MARK)
-        token = _first_special(rest, tokenizer, specials) if found else None
-        if token is not None and (is_known or token in declared_ends(tokenizer)):
-            return token
+        tokens = _specials_in(rest, tokenizer) if found else []
+        ends = [token for token in tokens if token in declared]
+        if ends or (is_alone and tokens):
+            return (ends or tokens)[0]
     return None
 
 # %% ../nbs/16_rendering.ipynb #31cb1ccc
