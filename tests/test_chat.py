@@ -25,6 +25,11 @@ THOUGHT = [
     dict(role="user", content="What is 0+2?"),
     dict(role="assistant", content="<think>\n0 and 2 make 2.\n</think>\n\nIt is 2."),
 ]
+# The same in the other spelling, for templates that do not read the tags
+THOUGHT_IN_FIELD = [
+    THOUGHT[0],
+    dict(role="assistant", content="It is 2.", reasoning_content="0 and 2 make 2."),
+]
 
 # TRL marks these templates by hand ({% generation %}); its masks are ours
 SAME_AS_TRL = (
@@ -49,17 +54,17 @@ HEADER = "the prompt at inference ends with it, so no model has to generate it"
 AFTER_END = "generation has stopped before it"
 ONLY_TRL = {
     "qwen2_5": (FIRST_TURN, "\n", HEADER),
-    "phi3": (FIRST_TURN, "\n<|endoftext|>", AFTER_END),
-    "phi3_5": (FIRST_TURN, "\n<|endoftext|>", AFTER_END),
+    "phi3": (FIRST_TURN, "\n<|end|>", AFTER_END),
+    "phi3_5": (FIRST_TURN, "\n<|end|>", AFTER_END),
     "gptoss": (FIRST_TURN, "<|start|>assistant", HEADER),
     "muse_glimmer": (FIRST_TURN, "<|start|>assistant", HEADER),
     "qwen3_5_nothink": (FIRST_TURN, "<think>\n\n</think>\n\n", HEADER),
     "qwen3_5_think": (THOUGHT, "<think>\n", HEADER),
     "qwen3_6": (THOUGHT, "<think>\n", HEADER),
-    "qwen3_8": (THOUGHT, "<think>\n", HEADER),
-    "deepseek_r1_distill": (THOUGHT, "<think>\n", HEADER),
-    "nemotron_3_nano": (THOUGHT, "<think>\n", HEADER),
-    "nemotron_3_super": (THOUGHT, "<think>\n", HEADER),
+    "qwen3_8": (THOUGHT_IN_FIELD, "<think>\n", HEADER),
+    "deepseek_r1_distill": (THOUGHT, "<｜Assistant｜><think>\n", HEADER),
+    "nemotron_3_nano": (THOUGHT_IN_FIELD, "<think>\n", HEADER),
+    "nemotron_3_super": (THOUGHT_IN_FIELD, "<think>\n", HEADER),
 }
 WITHOUT_SYSTEM_TURN = ("gemma", "idefics3", "smolvlm")
 # What the models' own tokenizers and generation configs call EOS
@@ -102,6 +107,7 @@ def with_special_tokens(tokenizer, template, eos=None):
     tokenizer.add_special_tokens(dict(additional_special_tokens=sorted(missing)))
     if eos:
         tokenizer.add_special_tokens(dict(eos_token=eos))
+        tokenizer.name_or_path = ""  # the generation config there is another model's
     return tokenizer
 
 
@@ -146,14 +152,11 @@ def test_masks_equal_trl(name, tokenizer):
 
 @pytest.mark.parametrize("name", ONLY_TRL)
 def test_masks_differ_from_trl_for_a_reason(name, tokenizer):
-    messages, only_theirs, _ = ONLY_TRL[name]
+    messages, only_theirs, reason = ONLY_TRL[name]
     tokenizer, ours, ids, expected = both_masks(name, messages, tokenizer)
     scored = tokenizer.decode([label for label in ours["labels"] if label != -100])
     theirs = tokenizer.decode([i for i, mask in zip(ids, expected, strict=True) if mask])
-    if name.startswith(("phi3", "nemotron")):  # what follows or precedes, line breaks aside
-        assert scored.split() == theirs.replace(only_theirs.strip(), "", 1).split()
-    else:
-        assert only_theirs + scored == theirs
+    assert theirs == (scored + only_theirs if reason == AFTER_END else only_theirs + scored)
 
 
 @pytest.mark.parametrize("name", ["llama3", "qwen3", "gemma"])
@@ -430,11 +433,12 @@ def test_earlier_turns_are_scored_where_they_read_as_at_inference(
 
 
 def test_earlier_turns_of_mistral_are_scored(tokenizer):
-    pytest.importorskip("unsloth_zoo")
+    if importlib.util.find_spec("unsloth") is None:
+        pytest.skip("unsloth, which ships Mistral's template, is not installed")
     [package] = importlib.util.find_spec("unsloth").submodule_search_locations
     source = Path(package, "chat_templates.py").read_text()
     block = re.search(r"^mistral_template = (.*?)\n\n", source, re.DOTALL | re.MULTILINE)[1]
-    template = eval(block.replace("\\\n", ""))  # noqa: S307
+    template = "".join(re.findall(r'^ *"(.*)"\\?$', block, re.MULTILINE))
     from finetune_kit.chat import check_masks, encode_rows
 
     own = copy.deepcopy(tokenizer)
