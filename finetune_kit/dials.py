@@ -76,7 +76,7 @@ class RunConfig(TrainConfig):
     backend: Backend = "auto"  # Who loads the model
     template: str | None = None  # Chat template; None: the model's own
     enable_thinking: bool | None = None  # Think before each answer; None: as the template does
-    loss_on: Literal["answers", "last", "all"] = "answers"  # Which tokens the loss counts
+    loss_on: Literal["answers", "last", "all"] = "answers"  # Which tokens are scored
     metrics: str = ",".join(ANSWER_METRICS)  # Of the generated answers, with commas between
     eval_items: Annotated[int, Field(ge=2)] = 200  # Held-out rows to evaluate on
     max_new_tokens: Annotated[int, Field(ge=1)] = 40  # Longest generated answer, in tokens

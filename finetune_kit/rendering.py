@@ -245,6 +245,7 @@ def end_of_turn(
             continue
         _, found, rest = text.rpartition(_MARK)
         tokens = _specials_in(rest, tokenizer) if found else []
+        tokens = tokens if is_alone else tokens[:1]  # what follows is the next turn's
         ends = [token for token in tokens if token in declared]
         if ends or (is_alone and tokens):
             return (ends or tokens)[0]
