@@ -159,6 +159,35 @@ def test_masks_differ_from_trl_for_a_reason(name, tokenizer):
     assert theirs == (scored + only_theirs if reason == AFTER_END else only_theirs + scored)
 
 
+# SmolLM2's (Apache-2.0), which TRL does not ship, with the marks that TRL's copies have
+SMOLLM2 = (
+    "{% for message in messages %}"
+    "{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    "<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>\n' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_the_mask_of_smollm2_s_template_is_that_of_its_marks(tokenizer):
+    from finetune_kit.chat import encode
+
+    own = with_special_tokens(tokenizer, SMOLLM2)
+    for messages in (FIRST_TURN, FIRST_TURN + SECOND_TURN, [SYSTEM, *FIRST_TURN]):
+        theirs = own.apply_chat_template(
+            messages, chat_template=SMOLLM2, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ours = encode(dict(messages=messages), own, SMOLLM2)
+        assert ours["input_ids"] == theirs["input_ids"]
+        expected = without_space_at_the_end(own, theirs["input_ids"], theirs["assistant_masks"])
+        assert [label != -100 for label in ours["labels"]] == expected
+
+
 @pytest.mark.parametrize("name", ["llama3", "qwen3", "gemma"])
 def test_losses_equal_trl_s(name, tokenizer):
     "The same model's loss on the same rows, by TRL's mask and by ours."
