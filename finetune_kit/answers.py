@@ -33,7 +33,14 @@ class Answers:
         self.finished: list[Request | None] = [None] * len(prompts)
         options = body.options | dict(max_new_tokens=max_new_tokens)
         self.jobs = [
-            Job(source, prompt, options, body.domain, self._sender(index))
+            Job(
+                source,
+                prompt,
+                options,
+                body.domain,
+                self._sender(index),
+                enable_thinking=body.enable_thinking,
+            )
             for index, prompt in enumerate(prompts)
         ]
         engine.submit(self.jobs)

@@ -180,8 +180,8 @@ def _verdict(report: DataReport):  # rich's `Text`
         return Text(f"The gate stops it: {report.fault}", style="bold red")
     gate = report.gate
     return Text(
-        f"The gate lets it pass: {gate['supervised']:,} of {gate['tokens']:,} tokens are scored "
-        f"(green); {gate['checked']:,} rows were checked",
+        f"The gate lets it pass: {gate['scored']:,} of {gate['tokens']:,} tokens are scored "
+        f"(green); all {gate['rows']:,} rows were checked",
         style="green",
     )
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['DownloadArgument', 'ModelArgument', 'QuestionArgument', 'SystemOption', 'TokensOption', 'TemperatureOption',
-           'TopPOption', 'SeedOption', 'DomainOption', 'BackendOption', 'ServedModels', 'ServedRuns', 'HostOption',
-           'AllowHostOption', 'PortOption', 'KeepOption', 'BatchOption', 'QueueOption', 'LimitOption', 'OfferedModels',
-           'OfferedRuns', 'ShareOption', 'TargetOption', 'FileOption', 'DtypeOption', 'InexactOption', 'LlamaCppOption',
-           'UploadedModel', 'RepoArgument', 'FormOption', 'GoOption', 'PublicOption', 'get', 'print_answer', 'converse',
-           'chat', 'named_models', 'service_key', 'answered_hosts', 'serve', 'demo', 'export', 'check_form',
-           'exported_folder', 'upload']
+           'TopPOption', 'SeedOption', 'ThinkingOption', 'DomainOption', 'BackendOption', 'ServedModels', 'ServedRuns',
+           'HostOption', 'AllowHostOption', 'PortOption', 'KeepOption', 'BatchOption', 'QueueOption', 'LimitOption',
+           'OfferedModels', 'OfferedRuns', 'ShareOption', 'TargetOption', 'FileOption', 'DtypeOption', 'InexactOption',
+           'LlamaCppOption', 'UploadedModel', 'RepoArgument', 'FormOption', 'GoOption', 'PublicOption', 'get',
+           'print_answer', 'converse', 'chat', 'named_models', 'service_key', 'answered_hosts', 'serve', 'demo',
+           'export', 'check_form', 'exported_folder', 'upload']
 
 # %% ../nbs/93_cli_use.ipynb #9a3dd8b4
 import json
@@ -59,6 +59,10 @@ TopPOption = Annotated[
     typer.Option(help="Draw among the likeliest tokens that together have this probability"),
 ]
 SeedOption = Annotated[int | None, typer.Option(help="Of the draws")]
+ThinkingOption = Annotated[
+    bool | None,
+    typer.Option("--thinking/--no-thinking", help="Think first; default: as its template does"),
+]
 DomainOption = Annotated[
     str | None, typer.Option(help="The questions' domain, for a run trained with domain_tags")
 ]
@@ -99,12 +103,14 @@ def chat(
     top_p: TopPOption = 1.0,
     seed: SeedOption = None,
     domain: DomainOption = None,
+    thinking: ThinkingOption = None,
     backend: BackendOption = "transformers",
 ):
     """Talk to a model: `finetune-kit chat train-drop7`, or
     `finetune-kit chat data/tiny-base 'Where does the otter live?'`. An empty line ends it."""
     from finetune_kit.infer import Chat, merge_where_exact
     from finetune_kit.model_sources import find_model
+    from finetune_kit.rendering import chat_template
     from finetune_kit.surgery import load_for_inference
 
     source = find_model(model)
@@ -119,6 +125,7 @@ def chat(
         temperature,
         top_p,
         seed,
+        template=chat_template(tokenizer, None, thinking),
         domain=domain,
     )
     if question:

@@ -75,7 +75,8 @@ class RunConfig(TrainConfig):
     quant: Quantisation | None = None  # How to quantise the base
     backend: Backend = "auto"  # Who loads the model
     template: str | None = None  # Chat template; None: the model's own
-    loss_on: Literal["answers", "last", "all"] = "answers"  # Which tokens the loss counts
+    enable_thinking: bool | None = None  # Think before each answer; None: as the template does
+    loss_on: Literal["answers", "last", "all"] = "answers"  # Which tokens are scored
     metrics: str = ",".join(ANSWER_METRICS)  # Of the generated answers, with commas between
     eval_items: Annotated[int, Field(ge=2)] = 200  # Held-out rows to evaluate on
     max_new_tokens: Annotated[int, Field(ge=1)] = 40  # Longest generated answer, in tokens
@@ -199,6 +200,7 @@ class StudyConfig(StrictConfig):
     quant: Quantisation | None = None  # How to quantise the model itself
     backend: Backend = "transformers"  # Who loads the model
     template: str | None = None  # Chat template; None: the model's own
+    enable_thinking: bool | None = None  # Think before each answer; None: as the template does
     # Read layers from disk one at a time; no gate-Taylor, no other precisions
     stream: bool = False
     mem_gib: Annotated[float, Field(gt=0)] = 1.0  # Memory for branches and logits, in GiB

@@ -16,6 +16,7 @@ from .core import FineTuneError, InvalidConfigError, ModelLoadError
 from .infer import complete, merge_where_exact
 from .logs import log, quiet
 from .model_sources import ModelSource
+from .rendering import chat_template
 from .requests import Request, check_room, context, prompt_ids
 from .surgery import load_for_inference
 
@@ -36,6 +37,7 @@ class Job:
     send: Callable[[object], object]
     request: Request | None = None  # Once the prompt is tokenized
     cancelled: bool = False  # Nobody waits for the answer any more
+    enable_thinking: bool | None = None  # Think before the answer; None: as the template does
 
     def cancel(self):
         "End the answer at the next token."
@@ -193,7 +195,8 @@ def prepare(
     "Tokenize a job's prompt, and check it."
     try:
         job.source.check_domain(job.domain)
-        ids = prompt_ids(tokenizer, job.prompt, domain=job.domain)
+        template = chat_template(tokenizer, None, job.enable_thinking)
+        ids = prompt_ids(tokenizer, job.prompt, template, job.domain)
         check_room(ids, context(model))
         if not ids:
             raise InvalidConfigError("the prompt is empty; give at least one token")

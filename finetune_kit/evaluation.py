@@ -28,6 +28,7 @@ from finetune_kit.core import (
 from .infer import generate
 from .logs import log, quiet
 from .metrics import metrics
+from .rendering import split_thought, spoken
 from .scores import ANSWER_METRICS, bootstrap, scores
 
 # %% ../nbs/34_evaluation.ipynb #19ba98a5
@@ -36,7 +37,7 @@ class Question:
     "What is asked for one row, and what is expected."
 
     place: int  # Of its row
-    prompt: list[dict] | str  # Messages, or the beginning of a text
+    prompt: list[dict] | dict | str  # As for `prompt_ids`: messages, or the beginning of a text
     question: str  # The last question, or the beginning, to be shown
     reference: str  # The answer in the data, or the rest of the text
 
@@ -44,12 +45,15 @@ class Question:
 def conversation_questions(
     encoded: list[dict],  # Rows as from `encode_rows`
 ) -> list[Question]:  # One for each conversation
-    "Ask for the last answer of each conversation."
+    "Ask for the last answer of each conversation. A thought is no part of the reference."
     questions = []
     for place, row in enumerate(encoded):
         if "messages" in row["row"]:
-            *prompt, answer = row["row"]["messages"]
-            questions.append(Question(place, prompt, prompt[-1]["content"], answer["content"]))
+            *turns, answer = row["row"]["messages"]
+            tools = row["row"].get("tools")
+            prompt = dict(messages=turns, tools=tools) if tools else turns
+            reference = split_thought(answer).answer.strip()
+            questions.append(Question(place, prompt, turns[-1]["content"], reference))
     return questions
 
 # %% ../nbs/34_evaluation.ipynb #4a5d05ad
@@ -117,8 +121,8 @@ def evaluate_model(
     Score rows, and answer them.
 
     Columns: `id`, `domain`, `nll`, `n_tokens`; where something was generated `question`,
-    `reference`, `answer`; for conversations a column for each metric. Unknown metrics raise
-    `InvalidConfigError` before anything runs.
+    `reference`, `answer`; for conversations a column for each metric, of what is said after a
+    thought. Unknown metrics raise `InvalidConfigError` before anything runs.
     """
     chosen_metrics = {name: metrics[name] for name in names}
     items = score_items(model, tokenizer, encoded, batch_size, progress)
@@ -139,8 +143,9 @@ def evaluate_model(
     if measured:
         places = [question.place for question in measured]
         references = [question.reference for question in measured]
+        said = [spoken(answer) for answer in answers[: len(measured)]]
         for name, chosen_metric in chosen_metrics.items():
-            items.loc[places, name] = chosen_metric.items(answers[: len(measured)], references)
+            items.loc[places, name] = chosen_metric.items(said, references)
     return items
 
 # %% ../nbs/34_evaluation.ipynb #e8cf7ecb

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AtLeastOne', 'StopString', 'Prompt', 'Shape', 'ERRORS', 'Strict', 'Part', 'Message', 'StreamOptions', 'Body',
-           'ChatBody', 'TextBody', 'ChatShape', 'TextShape', 'head_of', 'usage_of', 'choice_of', 'error_body',
-           'error_of']
+           'TemplateSwitches', 'ChatBody', 'TextBody', 'ChatShape', 'TextShape', 'head_of', 'usage_of', 'choice_of',
+           'error_body', 'error_of']
 
 # %% ../nbs/82_protocol.ipynb #f66b0de3
 import time
@@ -96,6 +96,17 @@ class Body(Strict):
         "Whether a stream ends with the number of tokens."
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def enable_thinking(self) -> bool | None:
+        "Of plain text nothing is asked."
+        return None
+
+
+class TemplateSwitches(Strict):
+    "What a request may say to the chat template."
+
+    enable_thinking: bool | None = None
+
 
 class ChatBody(Body):
     "The body of `/v1/chat/completions`."
@@ -104,6 +115,14 @@ class ChatBody(Body):
         min_length=1, examples=[[dict(role="user", content="Where does the otter live?")]]
     )
     max_completion_tokens: AtLeastOne | None = None
+    chat_template_kwargs: TemplateSwitches = Field(
+        TemplateSwitches(), description="For a reasoning model: whether it thinks before it answers"
+    )
+
+    @property
+    def enable_thinking(self) -> bool | None:
+        "Whether to think before the answer; None: as the template does."
+        return self.chat_template_kwargs.enable_thinking
 
     @property
     def wanted_tokens(self) -> int | None:

@@ -181,6 +181,7 @@ class EvaluateConfig(RunsConfig):
     tasks: str = ""
     # Of your own tasks' YAML; then those are the only ones known
     tasks_folder: str | None = None
+    enable_thinking: bool | None = None  # Think before each answer; None: as in their training
     quant: Quantisation | None = None  # How to quantise the models; None: as in their training
     backend: Backend = "auto"  # Who loads them
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .core import InvalidConfigError
-from .rendering import render
+from .rendering import render, special_pattern, spelled_token
 from .variants import tag_domain
 
 # %% ../nbs/30_requests.ipynb #38db4354
@@ -22,24 +22,30 @@ def conversation_text(
     messages: list[dict],  # Turns; the last is the user's
     template: str | None = None,  # As for `render`
     domain: str | None = None,  # Mark the first question with this domain
+    tools: list[dict] | None = None,  # As for `render`
 ) -> str:  # The turns as the template writes them, up to where the answer begins
-    "`InvalidConfigError` for no message, or messages that the template refuses."
+    """`InvalidConfigError` for no message, for messages that the template refuses, and for text
+    that spells a special token: it would open or end a turn.
+    """
     from jinja2 import TemplateError
 
     if not messages:
         raise InvalidConfigError(
             "there is no message to answer; give a list that ends with the user's turn"
         )
+    spelled = spelled_token(messages, special_pattern(tokenizer))
+    if spelled:
+        raise InvalidConfigError(f"{spelled}; take it out")
     if domain:
         messages = tag_domain(messages, domain)
     try:
-        return render(messages, tokenizer, template, add_generation_prompt=True)
+        return render(messages, tokenizer, template, add_generation_prompt=True, tools=tools)
     except TemplateError as error:
         raise InvalidConfigError(f"the chat template refuses these messages: {error}") from None
 
 # %% ../nbs/30_requests.ipynb #770964b0
 def check_unicode(
-    prompt: str | list[dict],  # Text or messages
+    prompt: str | list[dict] | dict,  # Text or messages
 ):
     "`InvalidConfigError` for text that holds bytes which are no characters."
     try:
@@ -50,7 +56,8 @@ def check_unicode(
 
 def prompt_ids(
     tokenizer,  # Its template is the one that was trained with
-    prompt: str | list[dict],  # Messages that end with the user's turn, or plain text to continue
+    # Messages that end with the user's turn; a dict of such `messages` and `tools`; or plain text
+    prompt: str | list[dict] | dict,
     template: str | None = None,  # As for `render`
     domain: str | None = None,  # Mark the first question with it, as `domain_tags` did in training
 ) -> list[int]:  # Token ids
@@ -62,7 +69,9 @@ def prompt_ids(
     """
     check_unicode(prompt)
     if not isinstance(prompt, str):
-        text = conversation_text(tokenizer, prompt, template, domain)
+        given = prompt if isinstance(prompt, dict) else dict(messages=prompt)
+        messages, tools = given["messages"], given.get("tools")
+        text = conversation_text(tokenizer, messages, template, domain, tools)
         return tokenizer(text, add_special_tokens=False).input_ids
     if domain:
         raise InvalidConfigError(

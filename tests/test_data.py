@@ -552,7 +552,7 @@ def test_masks_of_any_text(tok, contents, with_system):
         messages.append(dict(role=("user", "assistant")[number % 2], content=content))
     answers = [m["content"] + "<|end|>" for m in messages if m["role"] == "assistant"]
     for template in TEMPLATES:
-        text, spans = answer_spans(messages, tok, template)
+        text, spans, *_ = answer_spans(messages, tok, template)
         lead = " " if template in ("llama2", "phi") else ""
         assert [text[start:end] for start, end in spans] == [lead + answer for answer in answers]
         encoded = encode(dict(messages=messages), tok, template)
