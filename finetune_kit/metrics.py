@@ -319,16 +319,18 @@ class LibraryMetric(AnswerMetric):
     def _number(self, predictions, references) -> float:
         result = self.module.compute(predictions=predictions, references=references)
         numbers = {
-            name: value for name, value in result.items() if isinstance(value, int | float | np.number)
+            name: value
+            for name, value in result.items()
+            if isinstance(value, int | float | np.number)
         }
-        key = self.key or (self.module.name if self.module.name in numbers else "")
-        if not key and len(numbers) == 1:
+        key = self.key or self.label
+        if not self.key and len(numbers) == 1:
             [key] = numbers
         if key not in numbers:
             raise InvalidConfigError(
-                f"metric {self.label!r}: which number of its result is meant, "
-                f"{', '.join(numbers) or 'is not to be seen: it has none'}? "
-                f"Name one after a colon: {self.module.name}:{next(iter(numbers), 'name')}"
+                f"metric {self.label!r} has no number {key!r}; of its result "
+                f"{', '.join(numbers) or 'none is a number'}: name one after a colon, "
+                f"{self.label}:{next(iter(numbers), 'name')}"
             )
         return float(numbers[key])
 
