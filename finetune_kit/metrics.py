@@ -6,7 +6,7 @@
 __all__ = ['LocalMetric', 'Score', 'Overall', 'metrics', 'RESERVED_NAMES', 'PUNCTUATION', 'ARTICLES', 'HAN', 'KANA', 'perplexity',
            'AnswerMetric', 'check_metric', 'metric', 'shared_share', 'exact_match', 'token_f1', 'squad_form', 'squad',
            'squad_f1', 'rouge', 'rouge_1', 'rouge_2', 'rouge_l', 'bleu_tokenizer', 'corpus_bleu', 'bleu', 'has_number',
-           'numeric_match', 'LibraryMetric', 'find_metric', 'Perplexity']
+           'numeric_match', 'LibraryMetric', 'find_metric', 'find_metrics', 'Perplexity']
 
 # %% ../nbs/33_metrics.ipynb #221de686
 import difflib
@@ -386,6 +386,13 @@ def find_metric(
         f"metric {name!r}: the kit has a metric {label!r}; use that, or name a number of its "
         f"result: {name}:{label}"
     )
+
+# %% ../nbs/33_metrics.ipynb #b5c56611
+def find_metrics(
+    text: str,  # Names as for `find_metric`, with commas between
+) -> list[AnswerMetric]:  # All in `metrics` by their labels
+    "The metrics that a run names, found before anything expensive starts."
+    return [find_metric(name.strip()) for name in text.split(",") if name.strip()]
 
 # %% ../nbs/33_metrics.ipynb #1d0fbfa9
 class Perplexity(LocalMetric):
