@@ -163,7 +163,9 @@ def task_table(
     first, *_ = tests.values()
     table: dict[str, dict] = {}
     for name in first.columns.drop("id"):
-        row: dict[str, dict] = {state: bootstrap(items[name].dropna()) for state, items in tests.items()}
+        row: dict[str, dict] = {
+            state: bootstrap(items[name].dropna()) for state, items in tests.items()
+        }
         for one, other in pairs:
             row[f"{one}_minus_{other}"] = difference(tests[one], tests[other], name)
         table[name] = row
