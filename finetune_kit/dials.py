@@ -77,7 +77,9 @@ class RunConfig(TrainConfig):
     template: str | None = None  # Chat template; None: the model's own
     loss_on: Literal["answers", "last", "all"] = "answers"  # Which tokens the loss counts
     metrics: str = ",".join(ANSWER_METRICS)  # Of the generated answers, with commas between
-    tasks: str = ""  # Public benchmarks for all states: "arc_easy,piqa"; the first `eval_items` of each
+    tasks: str = (
+        ""  # Public benchmarks for all states: "arc_easy,piqa"; the first `eval_items` of each
+    )
     tasks_folder: str | None = None  # Of your own tasks' YAML; then only those are known
     eval_items: Annotated[int, Field(ge=2)] = 200  # Held-out rows to evaluate on
     max_new_tokens: Annotated[int, Field(ge=1)] = 40  # Longest generated answer, in tokens
