@@ -299,7 +299,7 @@ def _estimate(summary: dict, name: str) -> dict | None:
     "A metric and its interval as they are written; None where it was not measured."
     if summary.get(name) is None:
         return None
-    written = dict(value=f"{summary[name]:.4g}")
+    written = dict(value=f"{summary[name]:.4g}", lo=None, hi=None)
     interval = summary["intervals"].get(name)  # what all answers have together has none
     if interval:
         written |= dict(lo=f"{interval[0]:.4g}", hi=f"{interval[1]:.4g}")
