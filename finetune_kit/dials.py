@@ -35,16 +35,16 @@ from .model import model_config
 from .plan import LayerPlan, drop, prune_after
 from .rendering import templates
 from .rows import resolve_source
-from .scores import ANSWER_METRICS
+from .scores import ANSWER_METRICS, metric_label
 from .settings import StrictConfig
 from .training import TrainConfig
 
 # %% ../nbs/55_dials.ipynb #68e4e14a
 def metric_names(
-    text: str,  # "exact_match, token_f1"
-) -> tuple[str, ...]:  # ("exact_match", "token_f1")
-    "The metrics of generated answers, one by one. `InvalidConfigError` for perplexity."
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    text: str,  # "exact_match, my/metric.py", as for `find_metrics`
+) -> tuple[str, ...]:  # ("exact_match", "metric")
+    "The labels of metrics of generated answers. `InvalidConfigError` for perplexity."
+    names = tuple(metric_label(name) for name in text.split(",") if name.strip())
     if "perplexity" in names:
         raise InvalidConfigError(
             "metrics: perplexity is measured by every evaluation; name only what compares answers"
@@ -78,6 +78,10 @@ class RunConfig(TrainConfig):
     enable_thinking: bool | None = None  # Think before each answer; None: as the template does
     loss_on: Literal["answers", "last", "all"] = "answers"  # Which tokens are scored
     metrics: str = ",".join(ANSWER_METRICS)  # Of the generated answers, with commas between
+    tasks: str = (
+        ""  # Public benchmarks for all states: "arc_easy,piqa"; the first `eval_items` of each
+    )
+    tasks_folder: str | None = None  # Of your own tasks' YAML; then only those are known
     eval_items: Annotated[int, Field(ge=2)] = 200  # Held-out rows to evaluate on
     max_new_tokens: Annotated[int, Field(ge=1)] = 40  # Longest generated answer, in tokens
 
@@ -162,6 +166,8 @@ class HealConfig(RunConfig):
 
     drop_layer: None = None  # Each of `layers` in turn
     prune_after: None = None  # Has no meaning in this experiment
+    tasks: Literal[""] = ""  # Nor have benchmarks
+    tasks_folder: None = None
     layers: int | str | list[int] | None = None  # Layers to take out, one at a time; None: all
     max_steps: Annotated[int, Field(ge=1)] = 60  # Optimizer steps of each healing
     eval_every: Annotated[int, Field(ge=0)] = 0  # Steps between validations; 0: only at the end

@@ -162,15 +162,19 @@ class Run(Record):
     def save_items(
         self,
         items: dict[str, pd.DataFrame],  # State → its evaluation, as from `evaluate_model`
+        file: str = "items.jsonl",  # Or "tasks.jsonl": benchmarks, as from `harness`
     ):
-        "Keep the evaluations item by item, in `items.jsonl`."
+        "Keep the evaluations item by item."
         table = pd.concat([evaluation.assign(state=state) for state, evaluation in items.items()])
         lines = table.to_json(orient="records", lines=True, force_ascii=False)
-        write_atomic(self.folder / "items.jsonl", lines)
+        write_atomic(self.folder / file, lines)
 
-    def items(self) -> dict[str, pd.DataFrame]:  # State → its evaluation
+    def items(
+        self,
+        file: str = "items.jsonl",  # As for `save_items`
+    ) -> dict[str, pd.DataFrame]:  # State → its evaluation
         "The evaluations, item by item."
-        table = pd.DataFrame(read_json_lines(self.folder / "items.jsonl"))
+        table = pd.DataFrame(read_json_lines(self.folder / file))
         states = table.groupby("state", sort=False)
         return {s: df.drop(columns="state").reset_index(drop=True) for s, df in states}
 
@@ -353,7 +357,14 @@ def after_cell(
         run.end(outcome)
 
 # %% ../nbs/57_record.ipynb #389d94e4
-OF_ONE_TRY = ("metrics.jsonl", "items.jsonl", "rejects.jsonl", "report.html", "report.ipynb")
+OF_ONE_TRY = (
+    "metrics.jsonl",
+    "items.jsonl",
+    "tasks.jsonl",
+    "rejects.jsonl",
+    "report.html",
+    "report.ipynb",
+)
 
 
 def _lock(folder: Path) -> FileLock:

@@ -299,8 +299,11 @@ def _estimate(summary: dict, name: str) -> dict | None:
     "A metric and its interval as they are written; None where it was not measured."
     if summary.get(name) is None:
         return None
-    lo, hi = summary["intervals"][name]
-    return dict(value=f"{summary[name]:.4g}", lo=f"{lo:.4g}", hi=f"{hi:.4g}")
+    written = dict(value=f"{summary[name]:.4g}", lo=None, hi=None)
+    interval = summary["intervals"].get(name)  # what all answers have together has none
+    if interval:
+        written |= dict(lo=f"{interval[0]:.4g}", hi=f"{interval[1]:.4g}")
+    return written
 
 
 def states_html(

@@ -141,6 +141,55 @@ def test_public_benchmarks_stand_beside_the_data(made, warm, tmp_path):
     assert "sums exact_match" in page.read_text()
 
 
+OWN_METRIC = """
+import datasets
+import evaluate
+
+
+class Shorter(evaluate.Metric):
+    def _info(self):
+        text = datasets.Value("string")
+        features = datasets.Features(predictions=text, references=text)
+        return evaluate.MetricInfo(description="", citation="", features=features)
+
+    def _compute(self, predictions, references):
+        pairs = zip(predictions, references)
+        return dict(shorter=sum(len(a) < len(b) for a, b in pairs) / len(predictions))
+"""
+
+
+def test_benchmarks_and_metrics_of_evaluate_inside_a_run(warm, tmp_path):
+    "Four states on the same items of a task, and a metric by the path of its script."
+    reason = "lm-evaluation-harness (the extra `harness`) is not there"
+    pytest.importorskip("lm_eval", reason=reason)
+    write_task(tmp_path)
+    script = tmp_path / "shorter.py"
+    script.write_text(OWN_METRIC)
+    folder = tmp_path / "runs"
+    sizes = dict(max_steps=2, eval_items=6, eval_every=0, max_new_tokens=4)
+    dials = dict(backend="transformers", tasks_folder=str(tmp_path), tasks="sums")
+    metrics = f"numeric_match,bleu,{script}"
+    done = warm(tmp_path / "o.ipynb", folder, "nbs/train.ipynb", **sizes, **dials, metrics=metrics)
+    assert done.returncode == 0, done.stderr[-3000:]
+    [run] = folder.glob("train-*")
+    measured = read_json(run / "run.json")["metrics"]
+    found = measured["tasks"]["sums exact_match"]
+    states = ("base", "cut", "healed", "control")
+    assert set(found) == {*states, "cut_minus_base", "healed_minus_cut", "healed_minus_control"}
+    gain = found["healed"]["mean"] - found["cut"]["mean"]
+    assert found["healed_minus_cut"]["mean"] == pytest.approx(gain)
+    items = pd.read_json(run / "tasks.jsonl", lines=True)
+    assert items.groupby("state").id.count().to_dict() == dict.fromkeys(states, 6)
+    for state in states:
+        its = measured[state]
+        assert 0 <= its["shorter"] <= 1
+        assert {"bleu", "corpus_bleu", "numeric_match_unreadable"} <= set(its)
+        assert its["numeric_match_scored"] <= its["n_items"] == 6
+    page = (run / "report.html").read_text()
+    for part in ("sums exact_match", "healed − control", "numeric match: answers not readable"):
+        assert part in page, part
+
+
 def test_compare_pairs_the_items(made, warm, tmp_path):
     folder, two = made
     asked = ",".join(run.name for run in two)
