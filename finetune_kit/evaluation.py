@@ -26,9 +26,10 @@ from finetune_kit.core import (
     resolve_path,
 )
 from .infer import generate
+from .intervals import ends_of, interval, share_limits
 from .logs import log, quiet
 from .metrics import metrics
-from .scores import ANSWER_METRICS, bootstrap, scores
+from .scores import ANSWER_METRICS, scores
 
 # %% ../nbs/34_evaluation.ipynb #19ba98a5
 @dataclass(frozen=True)
@@ -158,26 +159,24 @@ def summarize(
     items: pd.DataFrame,  # As from `evaluate_model`
     names: Sequence[str] = ANSWER_METRICS,  # Metrics to include
 ) -> dict:  # `nll`, `perplexity`, `n_tokens`, `n_items`, the metrics; `intervals`: [lo, hi] of each
-    "An evaluation in a few numbers; None for a metric of which no answer was measured."
-    nll = bootstrap(items.nll, items.n_tokens)
+    "An evaluation in a few numbers; None for what was not measured, or on one item only."
+    nll = interval(items.nll, items.n_tokens, (0, math.inf))
     summary: dict[str, Any] = dict(
         nll=nll["mean"],
         perplexity=perplexity_of(nll["mean"]),
         n_tokens=int(items.n_tokens.sum()),
         n_items=len(items),
     )
-    intervals: dict[str, list[float] | None] = dict(
-        nll=[nll["lo"], nll["hi"]],
-        perplexity=[perplexity_of(nll["lo"]), perplexity_of(nll["hi"])],
-    )
+    ends = ends_of(nll)
+    intervals = dict(nll=ends, perplexity=ends and [perplexity_of(end) for end in ends])
     for name in names:
-        measured = items[name].dropna() if name in items else ()
+        measured = items[name].dropna() if name in items else []
         summary[name] = None
         intervals[name] = None
         if len(measured):
-            share = bootstrap(measured)
-            summary[name] = share["mean"]
-            intervals[name] = [share["lo"], share["hi"]]
+            mean = interval(measured, limits=share_limits(measured))
+            summary[name] = mean["mean"]
+            intervals[name] = ends_of(mean)
     return summary | dict(intervals=intervals)
 
 # %% ../nbs/34_evaluation.ipynb #94a25c15

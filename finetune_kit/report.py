@@ -8,6 +8,7 @@ __all__ = ['STATE_COLUMNS', 'Recorder', 'settings_html', 'report_html', 'save_re
 
 # %% ../nbs/52_report.ipynb #fc86a50d
 import copy
+import math
 import re
 import sys
 import time
@@ -299,8 +300,8 @@ def _estimate(summary: dict, name: str) -> dict | None:
     "A metric and its interval as they are written; None where it was not measured."
     if summary.get(name) is None:
         return None
-    lo, hi = summary["intervals"][name]
-    return dict(value=f"{summary[name]:.4g}", lo=f"{lo:.4g}", hi=f"{hi:.4g}")
+    lo, hi = (f"{end:.4g}" for end in summary["intervals"][name] or [math.nan] * 2)
+    return dict(value=f"{summary[name]:.4g}", lo=lo, hi=hi)
 
 
 def states_html(
