@@ -25,7 +25,7 @@ from finetune_kit.intervals import (
 )
 from .pages import fill
 from .plan import LayerPlan
-from .scores import difference, item_differences
+from .scores import difference
 
 # %% ../nbs/53_verdict.ipynb #53a00001
 def _item_sums(items: pd.DataFrame, name: str) -> np.ndarray:
@@ -151,11 +151,10 @@ def judge(
     is_whole: bool = False,  # Whether no layer was taken out
 ) -> Judgement:
     "Compare the states item by item. Raises as `item_differences`."
-    differences, counts = {}, []
-    for a, b in COMPARED:
-        differences[f"{a}_minus_{b}"] = difference(items[a], items[b], name)
-        counts.append(len(item_differences(items[a], items[b], name)))
-    n_items = min(counts)
+    differences = {f"{a}_minus_{b}": difference(items[a], items[b], name) for a, b in COMPARED}
+    n_items = int(
+        pd.concat([items[state][name] for state in STATES], axis=1).notna().all(axis=1).sum()
+    )
     levels = {state: _level(items[state], name) for state in STATES}
     has_limits = name != "nll" and share_limits(*(items[s][name] for s in STATES)) == (0, 1)
     margin = NEGLIGIBLE * (1 if has_limits else abs(levels["base"]))
@@ -232,7 +231,10 @@ def share_words(
 def _way_to_control(it: Judgement) -> str:
     if it.sides["control_minus_base"] == "worse":
         return ". The control was harmed, so it is no yardstick"
-    gap = f"healed against control: {_with_interval(it.differences['healed_minus_control'])}"
+    gap = _against(it, "healed_minus_control")
+    if it.sides["control_minus_base"] == "open":
+        change = _against(it, "control_minus_base")
+        gap += f". Whether fine-tuning harmed the whole model is open: {change}"
     if it.to_control is None:
         return f". The control is not surely better than the cut model; {gap}"
     share = _with_interval(it.to_control, _percent)
@@ -287,6 +289,12 @@ def harm_sentence(
     )
 
 # %% ../nbs/53_verdict.ipynb #3ddbbcb2
+def _against(it: Judgement, pair: str) -> str:
+    "A difference as it was measured: healed against control: 0.7 (0.6 to 0.8)."
+    a, b = pair.split("_minus_")
+    return f"{a} against {b} {_with_interval(it.differences[pair])}"
+
+
 def _few_sentence(it: Judgement) -> Markup:
     "Which question is open, and how many items would answer it."
     begin, pair, question = "", "cut_minus_base", "what the cut cost"
@@ -301,12 +309,12 @@ def _few_sentence(it: Judgement) -> Markup:
     if needed:
         advice = f"about {max(needed, it.n_items + 1):,} would make a difference of this size sure"
     few = f" (with fewer than {MIN_ITEMS} nothing is called sure)" if it.n_items < MIN_ITEMS else ""
-    return Markup("<b>{}{}oo few items to say {}, in {}</b>: {} worse over {} items{}; {}.").format(
+    return Markup("<b>{}{}oo few items to say {}, in {}</b>: {} over {} items{}; {}.").format(
         begin,
         "t" if begin else "T",
         question,
         _spoken(it.name),
-        _with_interval(loss),
+        _against(it, pair),
         it.n_items,
         few,
         advice,
@@ -317,7 +325,7 @@ def _near_zero(it: Judgement, pair: str) -> str:
     loss = it.loss(pair)
     if it.sides[pair] == "better":
         return f"it is even better, by {_with_interval(worse_by(loss, 'a metric'))}"
-    return f"{_with_interval(loss)} worse, all of it within ±{_number(it.margin)}"
+    return f"{_against(it, pair)}, all of it within ±{_number(it.margin)}"
 
 
 def _cut_sentence(it: Judgement) -> Markup:
@@ -329,8 +337,7 @@ def _cut_sentence(it: Judgement) -> Markup:
         )
     if it.kind == "not healed":
         return Markup(
-            "<b>In {}, the cut {}, and healing brought back nothing measurable</b>: "
-            "healed against cut {}."
+            "<b>In {}, the cut {}, and healing brought back nothing measurable</b>: {}."
         ).format(name, _cost_words(it), _near_zero(it, "healed_minus_cut"))
     return Markup("<b>In {}, the cut cost nothing measurable</b>: {}.").format(
         name, _near_zero(it, "cut_minus_base")
@@ -384,6 +391,18 @@ class Verdict:
     def kind(self) -> str:  # One of `KINDS`
         "The worst of what the metrics say."
         return self.told[0].kind
+
+    def table(self) -> pd.DataFrame:  # `metric`, `difference`, `mean`, `lo`, `hi`, `shows`
+        "All differences, also of metrics that cannot tell."
+        lines = []
+        for it in self.judgements:
+            for pair, estimate in it.differences.items():
+                words = pair.replace("_minus_", " − ")
+                line = dict(metric=it.name, difference=words, **estimate, shows=it.sides[pair])
+                if it.name in self.blind:
+                    line["shows"] = "cannot tell"
+                lines.append(line)
+        return pd.DataFrame(lines)
 
     def record(self) -> dict:  # `verdict`, and a dict by metric for each difference and share
         "As a run's record keeps it."
