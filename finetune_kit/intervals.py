@@ -7,7 +7,7 @@ __all__ = ['ANY_VALUE', 'MIN_ITEMS', 'Bounds', 'jackknife', 'with_items_at_limit
            'share_limits', 'share_interval', 'is_sure', 'items_needed']
 
 # %% ../nbs/07_intervals.ipynb #e469fd7c
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -78,7 +78,7 @@ def interval(
     values: ArrayLike,  # (items,) as for `ratio_bounds`
     weights: ArrayLike | None = None,  # As for `ratio_bounds`
     limits: tuple[float, float] = ANY_VALUE,  # As for `ratio_bounds`
-) -> dict[str, float | None]:  # `mean`, and `lo` and `hi`: None where one item has all the weight
+) -> dict[str, Any]:  # `mean`, `lo`, `hi`: floats; the ends are None where one item has all weight
     """
     A mean, or a ratio of sums, with its 95% interval over the items.
 

@@ -274,8 +274,9 @@ def harm_sentence(
     it: Judgement,  # Of the kind "harmed"
     lr: float | None = None,  # The learning rate that was used
     steps: int | None = None,  # Optimizer steps that were made
+    with_remedy: bool = True,  # Whether to say what to do about it
 ) -> Markup:
-    "What fine-tuning harmed, what to do about it, and what can still be said of the cut."
+    "What fine-tuning harmed, and what can still be said of the cut."
     harmed, told = _harm_words(it)
     rest = ""
     if not it.is_whole and it.sides["cut_minus_base"] == "worse":
@@ -284,8 +285,9 @@ def harm_sentence(
             rest += f", and healing brought back {share_words(it)}"
             rest += _way_to_control(it)
         rest += "."
-    return Markup("<b>Fine-tuning harmed {}, by {}</b>: {}. {}{}").format(
-        harmed, _spoken(it.name), told, _remedy(lr, steps), rest
+    remedy = f" {_remedy(lr, steps)}" if with_remedy else ""
+    return Markup("<b>Fine-tuning harmed {}, by {}</b>: {}.{}{}").format(
+        harmed, _spoken(it.name), told, remedy, rest
     )
 
 # %% ../nbs/53_verdict.ipynb #3ddbbcb2
@@ -361,10 +363,11 @@ def sentence(
     it: Judgement,
     lr: float | None = None,  # As for `harm_sentence`
     steps: int | None = None,  # As for `harm_sentence`
+    with_remedy: bool = True,  # As for `harm_sentence`
 ) -> Markup:
     "What a metric says, with its numbers."
     if it.kind == "harmed":
-        return harm_sentence(it, lr, steps)
+        return harm_sentence(it, lr, steps, with_remedy)
     if it.kind == "too few items":
         return _few_sentence(it)
     return _whole_sentence(it) if it.is_whole else _cut_sentence(it)
@@ -416,7 +419,10 @@ class Verdict:
 
     def html(self) -> str:
         "In sentences."
-        sentences = [sentence(it, self.lr, self.steps) for it in self.told]
+        sentences = [
+            sentence(it, self.lr, self.steps, with_remedy=place == 0)
+            for place, it in enumerate(self.told)
+        ]
         sentences.append(_levels_sentence(self.plan, self.judgements[0]))
         for name, why in self.blind.items():
             words = Markup("<b>{} cannot tell</b>: {}. It is left out here and in the figure.")

@@ -80,6 +80,51 @@ def test_healing_is_measured_against_the_control(run):
     assert share["mean"] == pytest.approx(gained / lost, rel=1e-6)
 
 
+def test_the_verdict_stands_on_top_with_the_figure(run):
+    top, folder = run
+    for notebook in (top / "out.ipynb", folder / "report.ipynb"):
+        cells = read_cells(notebook)
+        [first] = [cell for cell in cells if "start_run(" in cell.source]
+        shown = [out.data for out in first.outputs if out.output_type == "display_data"]
+        texts = [data.get("text/html", "") for data in shown]
+        assert any('class="verdict"' in text for text in texts), notebook.name
+        assert not any("No verdict yet" in text for text in texts)
+        assert any("image/png" in data for data in shown), "the four states, drawn"
+        below = [cell for cell in cells if cell.cell_type == "code" and cell is not first]
+        assert not [cell for cell in below if 'class="verdict' in str(cell.outputs)]
+    page = (folder / "report.html").read_text()
+    assert page.index('class="verdict"') < page.index("Ten answers")
+
+
+def test_the_record_has_the_verdict_and_both_yardsticks(run):
+    metrics = info(run[1])["metrics"]
+    assert metrics["verdict"] == "healed"
+    nll = {state: metrics[state]["nll"] for state in STATES}
+    cost = nll["cut"] - nll["base"]
+    share = metrics["recovered_of_cost"]["nll"]
+    assert share["mean"] == pytest.approx((nll["cut"] - nll["healed"]) / cost, rel=1e-6)
+    assert metrics["cut_minus_base"]["nll"]["mean"] == pytest.approx(cost, abs=1e-9)
+
+
+def test_a_harmful_learning_rate_is_said_first(warm, tmp_path):
+    dials = dict(lr=0.05, warmup_steps=0, max_steps=8, eval_every=0, eval_items=24)
+    done = warm(tmp_path / "o.ipynb", tmp_path / "runs", max_new_tokens=4, max_length=48, **dials)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = next((tmp_path / "runs").glob("train-drop7-*"))
+    assert info(folder)["metrics"]["verdict"] == "harmed"
+    page = (folder / "report.html").read_text()
+    verdict = page[page.index('class="verdict harmed"') :]
+    words = re.sub(r"\s+", " ", re.sub("<[^>]+>", "", verdict))
+    assert words.partition(">")[2].startswith("Fine-tuning harmed the whole model")
+    assert "lr was 0.05, try 0.005; or fewer steps than 8" in words
+    assert "nothing to heal" not in page
+    too_long = [row for row in read_lines(folder / "rejects.jsonl") if row["split"] == "test"]
+    n_long = sum(row["reason"].startswith("too long") for row in too_long)
+    assert n_long > 0
+    told = f"24 held-out items ({n_long} more are longer than 48 tokens and were left out)"
+    assert words.count(told) == 2  # the verdict's conditions, and beside the data
+
+
 def test_metrics_jsonl_is_the_training_log(run):
     lines = read_lines(run[1] / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 31))
@@ -106,7 +151,8 @@ PARTS = (
     "Verdict",
     "Ten answers",
     'class="mask"',
-    "of the control",
+    'class="verdict',
+    "against control",
     "hash of data",
 )
 
