@@ -95,6 +95,7 @@ KINDS = (
     "harmed",
     "healed",
     "not healed",
+    "costs afterwards",
     "learned",
     "too few items",
     "nothing lost",
@@ -127,18 +128,17 @@ class Judgement:
 # %% ../nbs/53_verdict.ipynb #61b4e22a
 def _kind_of(sides: dict[str, str], is_whole: bool) -> str:
     "One of `KINDS`."
-    tuned, gain, cost = (
-        sides[pair] for pair in ("control_minus_base", "healed_minus_cut", "cut_minus_base")
-    )
+    tuned, gain = sides["control_minus_base"], sides["healed_minus_cut"]
+    cost, cost_afterwards = sides["cut_minus_base"], sides["healed_minus_control"]
     if "worse" in (tuned, gain):
         return "harmed"
     if is_whole:
         return dict(better="learned", same="nothing learned", open="too few items")[tuned]
-    if cost in ("same", "better"):
-        return "nothing lost"
-    if cost == "open":
-        return "too few items"
-    return dict(better="healed", same="not healed", open="too few items")[gain]
+    if cost == "worse":
+        return dict(better="healed", same="not healed", open="too few items")[gain]
+    if cost_afterwards == "worse":
+        return "costs afterwards"
+    return "too few items" if "open" in (cost, cost_afterwards) else "nothing lost"
 
 
 def _level(items: pd.DataFrame, name: str) -> float:
@@ -305,6 +305,9 @@ def _few_sentence(it: Judgement) -> Markup:
     elif it.sides[pair] == "worse":
         begin = f"The cut {_cost_words(it)}; "
         pair, question = "healed_minus_cut", "what healing brought back"
+    elif it.sides[pair] != "open":
+        begin = "Before fine-tuning the cut cost nothing measurable; "
+        pair, question = "healed_minus_control", "what it costs after the same fine-tuning"
     loss = it.loss(pair)
     needed = items_needed(loss, it.n_items)
     advice = "so small a difference needs more items than one can evaluate"
@@ -341,9 +344,19 @@ def _cut_sentence(it: Judgement) -> Markup:
         return Markup(
             "<b>In {}, the cut {}, and healing brought back nothing measurable</b>: {}."
         ).format(name, _cost_words(it), _near_zero(it, "healed_minus_cut"))
-    return Markup("<b>In {}, the cut cost nothing measurable</b>: {}.").format(
-        name, _near_zero(it, "cut_minus_base")
-    )
+    if it.kind == "costs afterwards":
+        return Markup(
+            "<b>In {}, the cut costs {} after fine-tuning</b>, though not surely before ({}). "
+            "It stands in the way of what the whole model learns{}."
+        ).format(
+            name,
+            _with_interval(it.loss("healed_minus_control")),
+            _against(it, "cut_minus_base"),
+            _way_to_control(it),
+        )
+    return Markup(
+        "<b>In {}, the cut cost nothing measurable</b>: {}; after fine-tuning: {}."
+    ).format(name, _near_zero(it, "cut_minus_base"), _near_zero(it, "healed_minus_control"))
 
 # %% ../nbs/53_verdict.ipynb #b2f2b6c7
 def _whole_sentence(it: Judgement) -> Markup:
