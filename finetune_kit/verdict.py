@@ -238,7 +238,7 @@ def _way_to_control(it: Judgement) -> str:
     if it.to_control is None:
         return f". The control is not surely better than the cut model; {gap}"
     share = _with_interval(it.to_control, _percent)
-    return f". That is {share} of the way from the cut model to the control; {gap}"
+    return f". Healing went {share} of the way from the cut model to the control; {gap}"
 
 # %% ../nbs/53_verdict.ipynb #01b40381
 def _harm_words(it: Judgement) -> tuple[str, str]:
@@ -347,7 +347,7 @@ def _cut_sentence(it: Judgement) -> Markup:
     if it.kind == "costs afterwards":
         return Markup(
             "<b>In {}, the cut costs {} after fine-tuning</b>, though not surely before ({}). "
-            "It stands in the way of what the whole model learns{}."
+            "The whole model learns more than the cut one{}."
         ).format(
             name,
             _with_interval(it.loss("healed_minus_control")),
