@@ -121,11 +121,10 @@ def test_a_harmful_learning_rate_is_said_first(warm, tmp_path):
     assert words.partition(">")[2].startswith("Fine-tuning harmed the whole model")
     assert "lr was 0.05, try 0.005; or fewer steps than 8" in words
     assert "nothing to heal" not in page
-    too_long = [row for row in read_lines(folder / "rejects.jsonl") if row["split"] == "test"]
-    n_long = sum(row["reason"].startswith("too long") for row in too_long)
-    assert n_long > 0
-    told = f"24 held-out items ({n_long} more are longer than 48 tokens and were left out)"
-    assert words.count(told) == 2  # the verdict's conditions, and beside the data
+    told = r"24 held-out items \((\d+) more are longer than 48 tokens and were left out\)"
+    counts = re.findall(told, words)
+    assert len(counts) == 2, "in the verdict's conditions, and beside the data"
+    assert int(counts[0]) > 0
 
 
 def test_metrics_jsonl_is_the_training_log(run):
