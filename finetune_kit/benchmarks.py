@@ -26,7 +26,8 @@ from finetune_kit.core import (
 )
 from .infer import prompts_leak
 from .logs import log, quiet
-from .scores import bootstrap, difference
+from .intervals import interval, share_limits
+from .scores import difference
 
 # %% ../nbs/49_benchmarks.ipynb #94a25c15
 @dataclass(frozen=True)
@@ -159,12 +160,14 @@ def task_table(
     tests: dict[str, pd.DataFrame],  # State → its items, as from `harness`, of the same tasks
     pairs: Sequence[tuple[str, str]],  # States to compare: ("healed", "cut")
 ) -> dict[str, dict]:  # Task and metric → state or "healed_minus_cut" → `mean`, `lo`, `hi`
-    "Means and paired differences, each with its 95% bootstrap interval."
+    "Means and paired differences, each with its 95% interval."
     first, *_ = tests.values()
     table: dict[str, dict] = {}
     for name in first.columns.drop("id"):
+        measured = {state: items[name].dropna() for state, items in tests.items()}
+        limits = share_limits(*measured.values())
         row: dict[str, dict] = {
-            state: bootstrap(items[name].dropna()) for state, items in tests.items()
+            state: interval(values, limits=limits) for state, values in measured.items()
         }
         for one, other in pairs:
             row[f"{one}_minus_{other}"] = difference(tests[one], tests[other], name)
@@ -172,6 +175,14 @@ def task_table(
     return table
 
 # %% ../nbs/49_benchmarks.ipynb #f56bf754
+def _with_interval(estimate: dict) -> str:
+    "One item has a mean and no interval."
+    mean = f"{estimate['mean']:.3f}"
+    if estimate["lo"] is None:
+        return mean
+    return f"{mean} ({estimate['lo']:.3f} to {estimate['hi']:.3f})"
+
+
 def task_text(
     table: dict[str, dict],  # As from `task_table`
     tests: dict[str, pd.DataFrame],  # As for `task_table`
@@ -180,8 +191,8 @@ def task_text(
     columns = {}
     for name, row in table.items():
         columns[name] = {
-            state.replace("_minus_", " − "): f"{e['mean']:.3f} ({e['lo']:.3f} to {e['hi']:.3f})"
-            for state, e in row.items()
+            state.replace("_minus_", " − "): _with_interval(estimate)
+            for state, estimate in row.items()
         }
     first, *_ = tests.values()
     shown = pd.DataFrame(columns).T

@@ -168,18 +168,24 @@ _SPEED = {  # Measured → its row, and a factor
 SPEED_ROWS = [row for row, _ in _SPEED.values()]  # Those of `side_by_side` about speed and memory
 
 # %% ../nbs/59_comparison.ipynb #59a00014
+def _with_interval(value: float, lo: float | None, hi: float | None, sign: str = "") -> str:
+    "Of one item there is no interval."
+    if lo is None:
+        return f"{value:{sign}.3f} (one item)"
+    return f"{value:{sign}.3f} ({lo:{sign}.3f} to {hi:{sign}.3f})"
+
+
 def _quality_rows(metrics: dict) -> dict[str, dict]:
     def with_interval(state, name):
-        lo, hi = metrics[state]["intervals"][name]
-        return f"{metrics[state][name]:.3f} ({lo:.3f} to {hi:.3f})"
+        ends = metrics[state]["intervals"][name] or (None, None)
+        return _with_interval(metrics[state][name], *ends)
 
     rows = {}
     for name, change in metrics["tuned_minus_base"].items():
-        mean, lo, hi = (f"{change[key]:+.3f}" for key in ("mean", "lo", "hi"))
         rows[name] = dict(
             base=with_interval("base", name),
             tuned=with_interval("tuned", name),
-            change=f"{mean} ({lo} to {hi})",
+            change=_with_interval(change["mean"], change["lo"], change["hi"], sign="+"),
         )
     return rows
 
@@ -193,8 +199,8 @@ def _speed_rows(speed: dict, speedup: dict) -> dict[str, dict]:
             tuned=f"{tuned * factor:,.1f}",
             change=f"× {tuned / base:.2f}",
         )
-    interval = f" ({speedup['lo']:.2f} to {speedup['hi']:.2f})"
-    rows["tokens a second"]["change"] += interval
+    if speedup["lo"] is not None:
+        rows["tokens a second"]["change"] += f" ({speedup['lo']:.2f} to {speedup['hi']:.2f})"
     return rows
 
 # %% ../nbs/59_comparison.ipynb #59a00015

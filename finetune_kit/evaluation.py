@@ -19,10 +19,11 @@ import pandas as pd
 from .batches import batches
 from .core import MetricComputationError
 from .infer import generate
-from .logs import log, quiet
+from .intervals import ends_of, interval, share_limits
+from .logs import quiet
 from .metrics import AnswerMetric, evaluate, find_metric, metrics
 from .rendering import split_thought, spoken
-from .scores import ANSWER_METRICS, bootstrap, metric_label, scores
+from .scores import ANSWER_METRICS, metric_label, scores
 
 # %% ../nbs/34_evaluation.ipynb #19ba98a5
 @dataclass(frozen=True)
@@ -224,26 +225,24 @@ def _summary_of_column(items: pd.DataFrame, label: str) -> tuple:
     measured = items[label].dropna() if label in items else ()
     if not len(measured):
         return None, None
-    share = bootstrap(measured)
-    return share["mean"], [share["lo"], share["hi"]]
+    mean = interval(measured, limits=share_limits(measured))
+    return mean["mean"], ends_of(mean)
 
 
 def summarize(
     items: pd.DataFrame,  # As from `evaluate_model`
     names: Sequence[str] = ANSWER_METRICS,  # Metrics to include
 ) -> dict:  # `nll`, `perplexity`, `n_tokens`, `n_items`, the metrics; `intervals`: [lo, hi] of each
-    "An evaluation in a few numbers; None for a metric of which no answer was measured."
-    nll = bootstrap(items.nll, items.n_tokens)
+    "An evaluation in a few numbers; None for what was not measured, or on one item only."
+    nll = interval(items.nll, items.n_tokens, (0, math.inf))
     summary: dict[str, Any] = dict(
         nll=nll["mean"],
         perplexity=perplexity_of(nll["mean"]),
         n_tokens=int(items.n_tokens.sum()),
         n_items=len(items),
     )
-    intervals: dict[str, list[float] | None] = dict(
-        nll=[nll["lo"], nll["hi"]],
-        perplexity=[perplexity_of(nll["lo"]), perplexity_of(nll["hi"])],
-    )
+    ends = ends_of(nll)
+    intervals = dict(nll=ends, perplexity=ends and [perplexity_of(end) for end in ends])
     labels = [metric_label(name) for name in names if name not in LIKELIHOODS]
     for label in labels:
         summary[label], intervals[label] = _summary_of_column(items, label)

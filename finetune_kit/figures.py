@@ -92,6 +92,11 @@ STATE_METRICS = dict(
 )
 
 
+def _ends(summary: dict, metric: str) -> list[float]:
+    "A metric's interval; one item has none, and is drawn as a point."
+    return summary["intervals"][metric] or [summary[metric]] * 2
+
+
 def draw_states(
     ax,  # matplotlib axes
     summaries: dict[str, dict],  # State → its summary, as from `summarize`
@@ -99,11 +104,12 @@ def draw_states(
     label: str,  # Of the axis
 ):
     "A bar for each state, its 95% interval, and its value as a number."
-    top = max(summary["intervals"][metric][1] for summary in summaries.values()) or 1
+    ends = [_ends(summary, metric) for summary in summaries.values()]
+    top = max(hi for _, hi in ends) or 1
     states = list(reversed(summaries))  # the first state on top
     for place, state in enumerate(states):
         value = summaries[state][metric]
-        lo, hi = summaries[state]["intervals"][metric]
+        lo, hi = _ends(summaries[state], metric)
         ax.barh(place, value, color=STATES[state], height=0.62)
         ax.plot([lo, hi], [place, place], color=INK, lw=1.6, solid_capstyle="butt")
         ax.text(hi + top * 0.02, place, f"{value:.2f}", va="center", fontsize=10)

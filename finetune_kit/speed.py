@@ -21,8 +21,8 @@ import pandas as pd
 
 from .core import InvalidConfigError, MetricComputationError
 from .infer import complete
+from .intervals import ends_of, interval, jackknife
 from .requests import Request, prompt_ids
-from .scores import bootstrap, resampled_means
 
 # %% ../nbs/35_speed.ipynb #fb1fe9c5
 class MemoryTrace(NamedTuple):
@@ -172,7 +172,7 @@ def speed_of(
     `tokens_per_s`; medians `first_s` and `answer_s`, and `answer_s_p95`, the 95th percentile;
     `answer_tokens` (mean), `peak_mib`, `n_timed`; `intervals`: [lo, hi] of `tokens_per_s`.
     """
-    rate = bootstrap(times.n_tokens, times.seconds)
+    rate = interval(times.n_tokens, times.seconds, (0, np.inf))
     return dict(
         tokens_per_s=rate["mean"],
         first_s=float(times.first_s.median()),
@@ -181,18 +181,25 @@ def speed_of(
         answer_tokens=float(times.n_tokens.mean()),
         peak_mib=float(times.peak_mib.max()),
         n_timed=len(times),
-        intervals=dict(tokens_per_s=[rate["lo"], rate["hi"]]),
+        intervals=dict(tokens_per_s=ends_of(rate)),
     )
 
 # %% ../nbs/35_speed.ipynb #bb4fe4dd
+def _rates(times: pd.DataFrame) -> tuple[float, np.ndarray]:
+    "Tokens a second over all prompts, and over all but each."
+    tokens, seconds = times.n_tokens.to_numpy(float), times.seconds.to_numpy(float)
+    if len(times) < 2:
+        return tokens.sum() / seconds.sum(), np.array([np.nan])
+    without_each = (tokens.sum() - tokens) / (seconds.sum() - seconds)
+    return tokens.sum() / seconds.sum(), without_each
+
+
 def speedup(
     a: pd.DataFrame,  # As from `time_answers`, of one model
     b: pd.DataFrame,  # Another model's times on the same prompts
-    n: int = 2000,  # Resamples
-    seed: int = 0,  # Of the resampling
-) -> dict[str, float]:  # `mean` (tokens per second of `a` over those of `b`), `lo`, `hi`
+) -> dict[str, float | None]:  # `mean` (tokens per second of `a` over those of `b`), `lo`, `hi`
     """
-    How many times as fast `a` is, with the 95% bootstrap interval over the prompts.
+    How many times as fast `a` is, with the 95% interval over the prompts; None for one prompt.
 
     `MetricComputationError` for different prompts.
     """
@@ -200,10 +207,9 @@ def speedup(
         raise MetricComputationError(
             "the two models were timed on different prompts; time both in one `time_answers`"
         )
-    # The same seed draws the same prompts for both
-    a_rates = resampled_means(a.n_tokens, a.seconds, n, seed)
-    b_rates = resampled_means(b.n_tokens, b.seconds, n, seed)
-    lo, hi = np.percentile(a_rates / b_rates, [2.5, 97.5])
-    a_rate = a.n_tokens.sum() / a.seconds.sum()
-    b_rate = b.n_tokens.sum() / b.seconds.sum()
-    return dict(mean=float(a_rate / b_rate), lo=float(lo), hi=float(hi))
+    a_rate, a_without_each = _rates(a)
+    b_rate, b_without_each = _rates(b)
+    # In logarithms, where twice as fast and half as fast are equally far from 1
+    ends = jackknife(np.log(a_rate / b_rate), np.log(a_without_each / b_without_each))
+    lo, hi = (None if np.isnan(end) else float(np.exp(end)) for end in ends)
+    return dict(mean=float(a_rate / b_rate), lo=lo, hi=hi)

@@ -28,6 +28,7 @@ from finetune_kit.core import (
     ModelLoadError,
 )
 from .cuts import Cut, count_calls, cut_edits
+from .intervals import ratio_bounds
 from .model import n_layers, remembered
 from .plan import drop
 from .resume import BATCH_KEYS, FinishedParts, batch_content
@@ -390,18 +391,17 @@ def study_table(
     nll: np.ndarray,  # As for `resampled`; of all rows, or of some
     base: np.ndarray,  # As for `resampled`
     tokens: np.ndarray,  # As for `resampled`
-    resamples: int = 2000,  # As for `resampled`
 ) -> pd.DataFrame:  # `places` with `nll`, `delta`, `lo`, `hi`, `n_tokens`; `attrs["baseline"]`
-    "What each cut costs, in nats per token, with its 95% interval."
+    "What each cut costs, in nats per token, with its 95% interval (NaN where only one row counts)."
     total = tokens.sum()
     if not total:
         raise MetricComputationError(UNSCORED)
-    lo, hi = np.percentile(resampled(nll, base, tokens, resamples), [2.5, 97.5], axis=0)
+    ends = ratio_bounds(nll - base, tokens)
     table = pd.DataFrame(places).assign(
         nll=nll.sum(1) / total,
         delta=(nll - base).sum(1) / total,
-        lo=lo,
-        hi=hi,
+        lo=ends.lo,
+        hi=ends.hi,
         n_tokens=int(total),
     )
     table.attrs["baseline"] = float(base.sum() / total)

@@ -62,16 +62,18 @@ def shown_status(
 def sweep_table(
     spec: SweepSpec,  # The sweep
     planned: list[Planned],  # All its runs
-) -> pd.DataFrame:  # A row a run: `id`, `status`, `error`, the dials that vary, and the metrics
+) -> pd.DataFrame:  # A row a run: `id`, `status`, `error`, `verdict`, dials that vary, metrics
     "What a sweep has come to."
     rows = []
     for run in planned:
         info = run.info
         status = shown_status(run, info["status"])
+        metrics = info.get("metrics") or {}
         row = dict(id=run.id, status=status, error=info.get("error") or run.error)
+        row["verdict"] = metrics.get("verdict")
         for dial in spec.varied:
             row[dial] = run.dials.get(dial, getattr(run.cfg, dial, None))
-        for state, scores in (info.get("metrics") or {}).items():
+        for state, scores in metrics.items():
             if isinstance(scores, dict):
                 row |= metric_columns(state, scores)
         rows.append(row)
@@ -189,6 +191,7 @@ class ShownRun:
     id: str
     status: str
     error: str  # Its beginning
+    verdict: str  # "harmed", "healed", …; "": none
     has_report: bool
     dials: list[str]
     values: list[ShownValue]
@@ -207,6 +210,7 @@ def shown_runs(
                 id=row["id"],
                 status=row["status"],
                 error=str(row["error"] or "")[:300],
+                verdict=row["verdict"] or "",
                 has_report=(runs_folder() / row["id"] / "report.html").exists(),
                 dials=[str(row[dial]) for dial in spec.varied],
                 values=[shown_value(row, column) for column in measured],
@@ -228,8 +232,9 @@ def is_shown(
 ) -> bool:
     "Whether the page has a column for it: a metric, but no interval's end."
     is_end = column.endswith(("_lo", "_hi"))
-    # "recovered" says what "healed_minus_cut" says
-    return "." in column and not is_end and not column.startswith("healed_minus_cut")
+    # "recovered" says what most differences say
+    is_left_out = "_minus_" in column and not column.startswith("healed_minus_control")
+    return "." in column and not is_end and not is_left_out
 
 
 def png_of(
@@ -257,12 +262,15 @@ def sweep_page(
             shared.append((column_label(column), shown_value(row, column)))
     measured = [column for column in columns if not is_same[column]]
     counts = [f"{n} {status}" for status, n in table.status.value_counts().items()]
+    n_harmed = int((table.verdict == "harmed").sum())
     return fill(
         "sweep.html",
         style=shipped_text("sweep.css"),
         sweep=spec.name,
         notebook=spec.notebook,
         counts=", ".join(counts),
+        n_harmed=n_harmed,
+        has_verdicts=table.verdict.notna().any(),
         fixed=", ".join(f"{name} = {value}" for name, value in spec.fixed.items()),
         shared=shared,
         figure=png_of(plot_sweep(table, spec.varied[0])),

@@ -80,6 +80,53 @@ def test_healing_is_measured_against_the_control(run):
     assert share["mean"] == pytest.approx(gained / lost, rel=1e-6)
 
 
+def test_the_verdict_stands_on_top_with_the_figure(run):
+    top, folder = run
+    for notebook in (top / "out.ipynb", folder / "report.ipynb"):
+        cells = read_cells(notebook)
+        [first] = [cell for cell in cells if "start_run(" in cell.source]
+        shown = [out.data for out in first.outputs if out.output_type == "display_data"]
+        texts = [data.get("text/html", "") for data in shown]
+        assert any('class="verdict"' in text for text in texts), notebook.name
+        assert not any("No verdict yet" in text for text in texts)
+        assert any("image/png" in data for data in shown), "the four states, drawn"
+        below = [cell for cell in cells if cell.cell_type == "code" and cell is not first]
+        assert not [cell for cell in below if 'class="verdict' in str(cell.outputs)]
+    page = (folder / "report.html").read_text()
+    assert page.index('class="verdict"') < page.index("Ten answers")
+
+
+def test_the_record_has_the_verdict_and_both_yardsticks(run):
+    metrics = info(run[1])["metrics"]
+    nll = {state: metrics[state]["nll"] for state in STATES}
+    for a, b in (("cut", "base"), ("healed", "base"), ("control", "base")):
+        difference = metrics[f"{a}_minus_{b}"]["nll"]["mean"]
+        assert difference == pytest.approx(nll[a] - nll[b], abs=1e-9)
+    # The base does not know the format, so without layer 7 it loses nothing before fine-tuning;
+    # whether 40 items show a cost after it is near the edge
+    assert metrics["verdict"] in ("costs afterwards", "too few items")
+    assert metrics["recovered_of_cost"]["nll"] is None
+    assert metrics["recovered"]["nll"]["lo"] > 0
+
+
+def test_a_harmful_learning_rate_is_said_first(warm, tmp_path):
+    dials = dict(lr=0.05, warmup_steps=0, max_steps=8, eval_every=0, eval_items=24)
+    done = warm(tmp_path / "o.ipynb", tmp_path / "runs", max_new_tokens=4, max_length=48, **dials)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = next((tmp_path / "runs").glob("train-drop7-*"))
+    assert info(folder)["metrics"]["verdict"] == "harmed"
+    page = (folder / "report.html").read_text()
+    verdict = page[page.index('class="verdict harmed"') :]
+    words = re.sub(r"\s+", " ", re.sub("<[^>]+>", "", verdict))
+    assert words.partition(">")[2].startswith("Fine-tuning harmed the whole model")
+    assert "lr was 0.05, try 0.005; or fewer steps than 8" in words
+    assert "nothing to heal" not in page
+    told = r"24 held-out items \((\d+) more are longer than 48 tokens and were left out\)"
+    counts = re.findall(told, words)
+    assert len(counts) == 2, "in the verdict's conditions, and beside the data"
+    assert int(counts[0]) > 0
+
+
 def test_metrics_jsonl_is_the_training_log(run):
     lines = read_lines(run[1] / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 31))
@@ -106,7 +153,8 @@ PARTS = (
     "Verdict",
     "Ten answers",
     'class="mask"',
-    "of the control",
+    'class="verdict',
+    "against control",
     "hash of data",
 )
 
