@@ -217,7 +217,9 @@ def _walk_losses(
     losses = [known_losses(finished, batch, cuts) for batch in batches]
     with torch.no_grad(), ticker(progress, steps) as tick:
         for portion in portions:
-            to_do = {n: [cut for cut in portion.cuts if cut not in losses[n]] for n in portion.batches}
+            to_do = {
+                n: [cut for cut in portion.cuts if cut not in losses[n]] for n in portion.batches
+            }
             missing = [n for n, its_cuts in to_do.items() if its_cuts]
             for _ in range(depth * (len(to_do) - len(missing))):
                 tick()
