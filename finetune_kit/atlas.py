@@ -269,7 +269,9 @@ def _batch_measures(
         for positions, (mask, places) in chosen.items():
             likeness = _likeness(states, mask, places, budget)
             arrays |= {f"{name}, {positions}": value for name, value in likeness.items()}
-    return arrays | _norms(states, batch["attention_mask"].bool().cpu()) | dict(lens=np.stack(losses))
+    return (
+        arrays | _norms(states, batch["attention_mask"].bool().cpu()) | dict(lens=np.stack(losses))
+    )
 
 # %% ../nbs/38_atlas.ipynb #bccf821c
 def _mean_slopes(of_batches: list[dict], part: str, layer: int, n_tokens: int) -> float:

@@ -6,7 +6,7 @@
 __all__ = ['NOT_SCORED', 'ROW_CHECKS', 'CHAT_CHECKS', 'span_labels', 'Tokens', 'encode', 'stream_encoded', 'encode_rows',
            'end_ids', 'Run', 'scored_runs', 'Fault', 'Example', 'nothing_scored', 'two_bos_tokens', 'answer_is_cut',
            'unknown_role', 'lost_message', 'lost_answer', 'no_end_of_turn', 'other_prompt', 'find_fault', 'check_masks',
-           'render']
+           'content_labels', 'render']
 
 # %% ../nbs/17_chat.ipynb #50e68421
 import bisect
@@ -393,3 +393,36 @@ def check_masks(
         supervised=sum(n_scored),
         checked=len(checked),
     )
+
+# %% ../nbs/17_chat.ipynb #6b979edb
+def _content_spans(text: str, messages: list[dict]) -> list[tuple[int, int]]:
+    "Where in the rendered text the user's and the assistant's words stand, in characters."
+    spans = []
+    end = 0
+    for message in messages:
+        words = message["content"].strip()
+        start = text.find(words, end)
+        if start < 0 or not words or message["role"] not in ("user", "assistant"):
+            continue
+        end = start + len(words)
+        spans.append((start, end))
+    return spans
+
+
+def content_labels(
+    encoded: dict,  # As from `encode_rows`
+    tokenizer,
+    template: str | None = None,  # The one that it was encoded with
+) -> list[int]:  # As long as `input_ids`; -100: not scored
+    """
+    Labels for the words of questions and answers, without the template's own tokens.
+
+    A message that the template changes is not scored; of a plain text every token is.
+    """
+    row = encoded["row"]
+    if "messages" not in row:
+        return list(encoded["input_ids"])
+    text = render(row["messages"], tokenizer, template)
+    [encoding] = _tokenize([text], tokenizer, add_special_tokens=False)
+    labels = span_labels(encoding.ids, encoding.offsets, _content_spans(text, row["messages"]))
+    return labels[: len(encoded["input_ids"])]
