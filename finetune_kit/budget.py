@@ -6,7 +6,7 @@
 __all__ = ['LEAST_ROWS', 'FIRST_ROWS', 'MOST_ROWS', 'Choice', 'StudyPart', 'Work', 'study_parts', 'TextSize', 'text_size',
            'StudyCosts', 'choose', 'Ledger', 'study_batch_size']
 
-# %% ../nbs/47_budget.ipynb #a5c58cff
+# %% ../nbs/47_budget.ipynb #78b2502d
 import math
 import time
 from collections.abc import Callable
@@ -22,9 +22,9 @@ from .plan import drop
 from .study import UnitCosts
 from .walk import PORTION_FLOPS, walk_flops
 
-# %% ../nbs/47_budget.ipynb #bca5022f
+# %% ../nbs/47_budget.ipynb #5ab423df
 class Choice(NamedTuple):
-    "What a layer study does beside what it always does; the dials of `layer_study`, as plain values."
+    "What a layer study does, in plain values; each is a dial of `layer_study`."
 
     items: int  # Rows of each set
     parts: str = ""  # "attention,mlp": what goes alone
@@ -41,14 +41,16 @@ class Choice(NamedTuple):
         values = {name: value if value != "" else "''" for name, value in self._asdict().items()}
         return " ".join(f"-p {name} {value}" for name, value in values.items())
 
-# %% ../nbs/47_budget.ipynb #82687084
+# %% ../nbs/47_budget.ipynb #7c56da81
 class StudyPart(NamedTuple):
     "A part of a study, for each batch."
 
     name: str
     calls: float  # Of layers, for the batch's tokens
     heads: float  # Of the head, for its scored tokens
-    on: str = "first"  # Whose tokens: "first", "second", or "both" (rows of the first, labels of both)
+    on: str = (
+        "first"  # Whose tokens: "first", "second", or "both" (rows of the first, labels of both)
+    )
     dial: str = ""  # The dial that has it left out; "": it is always done
     precision: str = ""  # Of the model, where it is another one
 
@@ -74,7 +76,7 @@ class Work:
         self.known.update(new)
         return (self.calls_of(new), len(new)) if new else (0, 0)
 
-# %% ../nbs/47_budget.ipynb #f6650b3e
+# %% ../nbs/47_budget.ipynb #c93f72e0
 def _likely_removals(depth: int, k: int) -> list[int]:
     "The middle layers, from the middle outwards: those that mostly go first."
     return sorted(range(depth), key=lambda layer: abs(layer - depth // 2))[:k]
@@ -128,7 +130,7 @@ def study_parts(
 
 _LIKENESS = 1.5  # How many layer calls it takes a layer to compare its state with all others
 
-# %% ../nbs/47_budget.ipynb #29e7b5d3
+# %% ../nbs/47_budget.ipynb #3cc549ee
 class TextSize(NamedTuple):
     "How much text a set is."
 
@@ -207,7 +209,7 @@ class StudyCosts:
         "All of it."
         return float(self.table(choice).seconds.sum())
 
-# %% ../nbs/47_budget.ipynb #814cead2
+# %% ../nbs/47_budget.ipynb #0de4bca1
 LEAST_ROWS, FIRST_ROWS, MOST_ROWS = 4, 16, 96
 
 
@@ -276,7 +278,7 @@ def choose(
         choice = choice if best is None else tried[best]
     return choice
 
-# %% ../nbs/47_budget.ipynb #c3df893e
+# %% ../nbs/47_budget.ipynb #7cd29ae4
 class Ledger:
     "What was forecast, what it took, and what was left out."
 
@@ -330,7 +332,7 @@ class Ledger:
         table["left out"] = pd.Series(self.left_out, dtype=str)
         return table.round(1).fillna("")
 
-# %% ../nbs/47_budget.ipynb #fbec4239
+# %% ../nbs/47_budget.ipynb #98e460bb
 def study_batch_size(
     model,  # Causal language model, streamed or not
     rows: list[dict],  # Encoded rows

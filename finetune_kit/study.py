@@ -286,12 +286,14 @@ class UnitCosts:
     layer_gib: float  # weights of one layer
 
 
-def _typical(call: Callable, times: int = 5) -> float:
+def _typical(call: Callable, device: torch.device, times: int = 5) -> float:
     "Seconds of a call: the median of a few."
     seconds = []
     for _ in range(times):
         start = time.perf_counter()
         call()
+        if device.type == "cuda":  # calls there return before they are done
+            torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return float(np.median(seconds))
 
@@ -309,10 +311,14 @@ def measure_costs(
             read_seconds = time.perf_counter() - start
             traced = TracedBatch(model, batch)
             states = [traced.start] * branches_at_once(traced.start.device, traced.tokens)
-            layer_seconds = _typical(lambda: traced.through(middle, states)) / len(states)
+            device = traced.start.device
+            seconds = _typical(lambda: traced.through(middle, states), device)
+            layer_seconds = seconds / len(states)
             parameters = decoder_layers(model)[middle].parameters()
             layer_bytes = sum(weight.numel() * weight.element_size() for weight in parameters)
-        head_seconds = _typical(lambda: row_nll(model, traced.start, traced, mem_gib * 2**28))
+        head_seconds = _typical(
+            lambda: row_nll(model, traced.start, traced, mem_gib * 2**28), device
+        )
     return UnitCosts(
         read_seconds=read_seconds if remembered(model).disk else 0.0,
         layer_seconds=layer_seconds / traced.tokens,
