@@ -92,7 +92,7 @@ def _greedy_work(work: Work, k: int) -> tuple[float, float]:
         # What goes next was tried in this step: each candidate is new
         step_calls, step_heads = work.add([drop(depth, [*gone, layer]) for layer in left])
         calls, heads = calls + step_calls, heads + step_heads
-    return calls + k * (depth - k / 2), heads + k
+    return calls + (k - 1) * (depth - k / 2), heads + k - 1
 
 
 def study_parts(
@@ -231,7 +231,7 @@ def _upgrades(depth: int, most_rows: int, asked: dict) -> list[tuple[str, list]]
     names = [",".join(precisions[:n]) for n in range(1, len(precisions) + 1)]
     parts = [",".join(asked["parts"])] if asked["parts"] else []
     return [
-        ("greedy_k", list(range(1, min(5, depth - 1) + 1))),
+        ("greedy_k", list(range(2, min(5, depth - 1) + 1))),  # one is what drop-one tells
         ("parts", parts),
         ("blocks", list(range(2, depth // 3 + 1))),
         ("precisions", names),
