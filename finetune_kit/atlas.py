@@ -323,8 +323,8 @@ def atlas(
 
     "scored" are the states that predict scored tokens; "last" is the choice of arXiv:2403.17887.
     `attrs["first_norm"]`: how long the first tokens' state is before each layer and behind the
-    last, in medians of the others'. `InvalidConfigError` for unknown positions, no state at them,
-    or a sample that is too small.
+    last, in medians of the others'. `InvalidConfigError` for unknown positions or a sample that is
+    too small.
     """
     model = study_model(model, stream)
     check_batches(model, batches)
@@ -337,8 +337,6 @@ def atlas(
     suffixes = {"": positions} if positions == "all" else {"": positions, "_all": "all"}
     masks = {kind: [_positions(batch, kind) for batch in batches] for kind in suffixes.values()}
     n_states = {kind: int(sum(mask.sum() for mask in of_kind)) for kind, of_kind in masks.items()}
-    if not n_states[positions]:
-        raise InvalidConfigError(f"positions={positions!r} leaves no state; give longer rows")
     places = {kind: _spread(of_kind, sample) for kind, of_kind in masks.items()}
     finished = FinishedParts(None if naive else resume, model)
     run = _naive_pass if naive else _pass
@@ -360,8 +358,8 @@ def atlas(
     }
     measures = _measures(of_batches, likeness, depth, tokens.sum())
     # The logit lens: the last layer's is the whole model's
-    lens = np.concatenate([arrays["lens"] for arrays in of_batches], 1)
-    table = study_table(pd.DataFrame(measures), lens, lens[-1], tokens)
+    nll = np.concatenate([arrays["lens"] for arrays in of_batches], 1)
+    table = study_table(pd.DataFrame(measures), nll, nll[-1], tokens)
     table.attrs |= dict(
         angular=likeness[""]["angle"].tolist(),
         cka=likeness[""]["cka"].tolist(),

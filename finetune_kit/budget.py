@@ -108,9 +108,9 @@ def study_parts(
     first_on = "both" if shared else "first"
     parts = []
     for what, plans in (("drop-one", singles), ("truncations", ends)):
-        parts.append(StudyPart(f"{what} on {sets[0]}", *work.add(plans), first_on))
-        its_work = (0, 0) if shared else second.add(plans)
-        parts.append(StudyPart(f"{what} on {sets[1]}", *its_work, "second"))
+        parts.append(StudyPart(f"{what} on {sets[0]}", *work.add(plans), on=first_on))
+        its_work: tuple[float, float] = (0, 0) if shared else second.add(plans)
+        parts.append(StudyPart(f"{what} on {sets[1]}", *its_work, on="second"))
     for part in choice.names("parts"):
         its_work = work.add(single_cuts(depth, part))
         parts.append(StudyPart(f"{part} alone", *its_work, dial="parts"))
@@ -120,15 +120,12 @@ def study_parts(
     if choice.blocks:
         plans = block_cuts(depth, list(range(1, choice.blocks + 1)))
         parts.append(StudyPart("blocks", *work.add(plans), dial="blocks"))
-    parts.append(StudyPart("atlas", 3 * depth + _LIKENESS * depth, 3))
+    parts.append(StudyPart("atlas", 2.5 * depth, 3))
     for precision in choice.names("precisions"):
         alone = Work(calls_of, depth).add(singles)
         name = f"drop-one in {precision}"
         parts.append(StudyPart(name, *alone, dial="precisions", precision=precision))
     return parts
-
-
-_LIKENESS = 1.5  # How many layer calls it takes a layer to compare its state with all others
 
 # %% ../nbs/47_budget.ipynb #3cc549ee
 class TextSize(NamedTuple):

@@ -98,6 +98,7 @@ class FinishedParts:
         "Keep a part; a reader never sees half of a file."
         if self.folder:
             packed = io.BytesIO()
-            np.savez(packed, **arrays)
+            named: dict = arrays  # any name; numpy's own options have none of these
+            np.savez(packed, **named)
             name = f"{self._origin(kind, origin)}-{digest(sorted(arrays), 12)}.npz"
             write_atomic(self.folder / name, packed.getvalue())

@@ -121,7 +121,9 @@ def token_losses(
         with torch.no_grad():
             for logits in _scored_logits(model, inputs, scored, memory):
                 its_targets = targets[start : start + len(logits)]
-                of_chunks.append(cross_entropy(logits.float(), its_targets, reduction="none").double())
+                of_chunks.append(
+                    cross_entropy(logits.float(), its_targets, reduction="none").double()
+                )
                 start += len(logits)
         losses[scored] = torch.cat(of_chunks)
     return losses, scored
