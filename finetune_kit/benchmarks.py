@@ -25,8 +25,8 @@ from finetune_kit.core import (
     resolve_path,
 )
 from .infer import prompts_leak
-from .logs import log, quiet
 from .intervals import interval, share_limits
+from .logs import log, quiet
 from .scores import difference
 
 # %% ../nbs/49_benchmarks.ipynb #94a25c15

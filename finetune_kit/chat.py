@@ -7,7 +7,7 @@ __all__ = ['NOT_SCORED', 'ROLES', 'ROW_CHECKS', 'CHAT_CHECKS', 'span_labels', 'T
            'stream_encoded', 'encode_rows', 'end_ids', 'Stretch', 'scored_stretches', 'Fault', 'Expected', 'Example',
            'examples', 'nothing_scored', 'two_bos_tokens', 'answer_is_cut', 'unknown_role', 'no_answer',
            'spells_special_token', 'lost_message', 'expected_stretch', 'other_prompt', 'expected_labels',
-           'no_end_of_turn', 'other_mask', 'lost_answer', 'find_fault', 'check_masks', 'render']
+           'no_end_of_turn', 'other_mask', 'lost_answer', 'find_fault', 'check_masks', 'content_labels', 'render']
 
 # %% ../nbs/17_chat.ipynb #50e68421
 import bisect
@@ -654,3 +654,36 @@ def check_masks(
         scored=sum(_count_scored(row["labels"]) for row in encoded),
         unscored_answers=sum(row.get("n_unscored", 0) for row in encoded),
     )
+
+# %% ../nbs/17_chat.ipynb #6b979edb
+def _content_spans(text: str, messages: list[dict]) -> list[tuple[int, int]]:
+    "Where in the rendered text the user's and the assistant's words stand, in characters."
+    spans = []
+    end = 0
+    for message in messages:
+        words = message["content"].strip()
+        start = text.find(words, end)
+        if start < 0 or not words or message["role"] not in ("user", "assistant"):
+            continue
+        end = start + len(words)
+        spans.append((start, end))
+    return spans
+
+
+def content_labels(
+    encoded: dict,  # As from `encode_rows`
+    tokenizer,
+    template: str | None = None,  # The one that it was encoded with
+) -> list[int]:  # As long as `input_ids`; -100: not scored
+    """
+    Labels for the words of questions and answers, without the template's own tokens.
+
+    A message that the template changes is not scored; of a plain text every token is.
+    """
+    row = encoded["row"]
+    if "messages" not in row:
+        return list(encoded["input_ids"])
+    text = render(row["messages"], tokenizer, template)
+    [encoding] = _tokenize([text], tokenizer, add_special_tokens=False)
+    labels = span_labels(encoding.ids, encoding.offsets, _content_spans(text, row["messages"]))
+    return labels[: len(encoded["input_ids"])]

@@ -158,9 +158,9 @@ def runs_folder() -> Path:  # `experiments/runs` of the project, or $FINETUNE_KI
 # %% ../nbs/00_core.ipynb #af41ad58
 def write_atomic(
     path: str | Path,  # File to write; its folder is made
-    text: str,  # Whole content, written as UTF-8
+    content: str | bytes,  # All of it; text is written as UTF-8
 ) -> Path:  # `path`
-    """Write `text` so that a reader gets the old file or the new one.
+    """Write a file so that a reader gets the old file or the new one.
 
     Threads and processes may write the same file at once. `OSError` as from `open`."""
     path = Path(path)
@@ -168,7 +168,7 @@ def write_atomic(
     writer = f"{os.getpid()}.{threading.get_ident()}"
     temporary = path.with_name(f".{path.name}.{writer}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

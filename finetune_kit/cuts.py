@@ -10,6 +10,7 @@ __all__ = ['PARTS', 'Cut', 'cut_edits', 'single_cuts', 'truncation_cuts', 'block
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -184,10 +185,15 @@ def count_calls(
     depth: int,  # Layers of the model
 ) -> LayerCalls:
     "What exactly these cuts cost; the whole model only if () is among them."
+    return _count_distinct(tuple(dict.fromkeys(cuts)), depth)
+
+
+@lru_cache(maxsize=1024)  # the same cuts are laid out for each batch anew
+def _count_distinct(cuts: tuple[Cut, ...], depth: int) -> LayerCalls:
     naive = 0
-    for cut in dict.fromkeys(cuts):
+    for cut in cuts:
         naive += depth - sum(part == "layer" for _, part in cut)
-    steps_by_level = [level.steps for level in walk_levels(cuts, depth)]
+    steps_by_level = [level.steps for level in walk_levels(list(cuts), depth)]
     shared = sum(step.calls_layer for steps in steps_by_level for step in steps)
     return LayerCalls(naive, shared, branches=max(map(len, steps_by_level)))
 

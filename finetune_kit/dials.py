@@ -25,6 +25,7 @@ from finetune_kit.core import (
     parse_layers,
     resolve_path,
 )
+from .cuts import PARTS
 from finetune_kit.declaration import (
     Parameter,
     extend_config,
@@ -190,19 +191,29 @@ class HealConfig(RunConfig):
 PRECISIONS = ("bfloat16", "float16", "8bit", "4bit")
 
 
+def _names_in(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 class StudyConfig(StrictConfig):
     "Everything that decides about a layer study's result."
 
     model: str = "data/tiny-base"  # Folder or hub id
     # First calibration set: its held-out rows (where it has no splits, any), loss on the answers
     data: str | list[str] = "data/domains"
-    # Second calibration set; None: the same rows, loss on every token
+    # Second calibration set; None: the same rows, loss on the words of questions and answers
     other: str | list[str] | None = None
     mapping: dict[str, str | list[str]] | None = None  # Fields of the data by hand
-    items: Annotated[int, Field(ge=4)] = 96  # Rows of each set
-    greedy_k: Annotated[int, Field(ge=0)] = 5  # How many layers to remove greedily; 0: none
-    blocks: bool = True  # Also all blocks (i, n): layers squared in cost
-    precisions: str = "bfloat16,4bit"  # Others of `PRECISIONS` to compare with; "": none
+    # Minutes for all of it; what is None below is chosen to fit. None: 20 on a CPU, 10 on a GPU
+    budget_minutes: Annotated[float, Field(gt=0)] | None = None
+    items: Annotated[int, Field(ge=4)] | None = None  # Rows of each set; None: up to 96
+    parts: str | None = None  # Parts of a layer to take out alone: "attention,mlp"; "": none
+    # How many layers to remove greedily; 0: none; None: up to 5
+    greedy_k: Annotated[int, Field(ge=0)] | None = None
+    # Layers of the largest block (all of 2 to so many neighbours); 0: none; None: up to all
+    blocks: Annotated[int, Field(ge=0)] | None = None
+    # Others of `PRECISIONS` to compare with; "": none; None: of "bfloat16,4bit" what fits
+    precisions: str | None = None
     quant: Quantisation | None = None  # How to quantise the model itself
     backend: Backend = "transformers"  # Who loads the model
     template: str | None = None  # Chat template; None: the model's own
@@ -210,13 +221,21 @@ class StudyConfig(StrictConfig):
     # Read layers from disk one at a time; no gate-Taylor, no other precisions
     stream: bool = False
     mem_gib: Annotated[float, Field(gt=0)] = 1.0  # Memory for branches and logits, in GiB
-    batch_size: Annotated[int, Field(ge=1)] = 16  # Rows a batch
+    # Rows a batch; None: up to 16, as many as take half a minute
+    batch_size: Annotated[int, Field(ge=1)] | None = None
     max_length: Annotated[int, Field(ge=8)] = 512  # Longest row, in tokens
 
     @property
     def others(self) -> list[str]:  # ["bfloat16", "4bit"]
-        "The precisions to compare with."
-        return [p.strip() for p in self.precisions.split(",") if p.strip()]
+        "The precisions to compare with, or those that may be."
+        if self.precisions is None:
+            return [] if self.stream or self.quant else ["bfloat16", "4bit"]
+        return _names_in(self.precisions)
+
+    @property
+    def parts_alone(self) -> list[str]:  # ["attention", "mlp"]
+        "The parts of a layer to take out alone, or those that may be."
+        return ["attention", "mlp"] if self.parts is None else _names_in(self.parts)
 
     def check(self) -> LayerPlan:  # The whole model
         "Find what would fail: model, data, precisions, settings that exclude each other."
@@ -227,6 +246,9 @@ def _check_precisions(cfg: StudyConfig):
     for name in cfg.others:
         if name not in PRECISIONS:
             raise InvalidConfigError(f"precision {choices(name, PRECISIONS)}")
+    for name in cfg.parts_alone:
+        if name not in PARTS[1:]:
+            raise InvalidConfigError(f"parts: {choices(name, PARTS[1:])}")
     if cfg.stream and (cfg.others or cfg.quant):
         raise IncompatibleConfigError(
             f"stream=True with precisions={cfg.precisions!r}, quant={cfg.quant!r}: layers from "
@@ -242,15 +264,16 @@ def check_study(
     plan = drop(base, None)
     layers_path(empty_model(base))
     _check_precisions(cfg)
-    if cfg.greedy_k >= plan.n_layers:
-        raise InvalidConfigError(
-            f"greedy_k={cfg.greedy_k} not in 0..{plan.n_layers - 1} ({plan.n_layers} layers; one "
-            "must stay)"
-        )
+    for name in ("greedy_k", "blocks"):
+        n = getattr(cfg, name) or 0
+        if n >= plan.n_layers:
+            raise InvalidConfigError(
+                f"{name}={n} not in 0..{plan.n_layers - 1} ({plan.n_layers} layers; one must stay)"
+            )
     if cfg.other == cfg.data:
         raise InvalidConfigError(
             f"other={cfg.other!r} is data: give another calibration set, or None, which counts "
-            "every token of the same rows"
+            "the words of questions and answers in the same rows"
         )
     resolve_source(cfg.data)
     if cfg.other is not None:

@@ -20,7 +20,6 @@ from .batches import batches
 from .core import MetricComputationError
 from .infer import generate
 from .intervals import ends_of, interval, share_limits
-from .logs import quiet
 from .metrics import AnswerMetric, evaluate, find_metric, metrics
 from .rendering import split_thought, spoken
 from .scores import ANSWER_METRICS, metric_label, scores
@@ -146,6 +145,21 @@ def metric_items(
     pairs = zip(values, references, strict=True)
     return [value if chosen_metric.reads(text) else math.nan for value, text in pairs]
 
+# %% ../nbs/34_evaluation.ipynb #f091d3d5
+def _answers(model, tokenizer, prompts, max_new_tokens, batch_size, template, report) -> list[str]:
+    "As `generate`; where memory runs out, anew with half as many prompts at a time."
+    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+    while True:
+        try:
+            return generate(model, tokenizer, prompts, max_new_tokens, batch_size, template, report)
+        except Exception as error:
+            if not should_reduce_batch_size(error) or batch_size == 1:
+                raise
+        batch_size //= 2  # behind the except, which would keep the tensors alive
+        clear_device_cache(garbage_collection=True)
+        log.warning(f"out of memory: from now on {batch_size} answers at a time")
+
 # %% ../nbs/34_evaluation.ipynb #dc419ba8
 def evaluate_model(
     model,  # Causal language model in eval mode
@@ -178,7 +192,7 @@ def evaluate_model(
     questions = [*measured, *text_questions(encoded, n_texts)]
     if not questions:
         return items
-    answers = generate(
+    answers = _answers(
         model,
         tokenizer,
         [question.prompt for question in questions],

@@ -21,10 +21,12 @@ from .core import EvaluationError, InvalidConfigError
 from .cuts import Cut, block_cuts, cut_edits, pair_cuts, single_cuts, truncation_cuts
 from .model import n_layers
 from .plan import drop
-from .resume import FinishedParts, batch_content
+from .resume import BATCH_KEYS, FinishedParts
 from finetune_kit.study import (
     check_batches,
     cut_scores,
+    keep_losses,
+    known_losses,
     scored_tokens,
     study_model,
     study_table,
@@ -127,10 +129,24 @@ def _trace_batches(model, batches: list[dict], mem_gib: float) -> list[TracedBat
     return traced_batches
 
 
-def _walk_step(model, traced: list[TracedBatch], mem_gib: float, cuts: list[Cut]) -> dict:
-    "The NLL of each row, batch by batch: {cut: (rows,)}."
-    with torch.no_grad():
-        losses = [walk(model, [batch], cuts, mem_gib * 2**30)[0] for batch in traced]
+def _walk_step(
+    model,
+    traced: list[TracedBatch],
+    batches: list[dict],
+    finished: FinishedParts,
+    mem_gib: float,
+    cuts: list[Cut],
+) -> dict:
+    "The NLL of each row: {cut: (rows,)}. Each batch is saved when it is through."
+    losses = []
+    for its_traced, batch in zip(traced, batches, strict=True):
+        its_losses = known_losses(finished, batch, cuts)
+        missing = [cut for cut in cuts if cut not in its_losses]
+        if missing:
+            with torch.no_grad():
+                walked = walk(model, [its_traced], missing, mem_gib * 2**30)[0]
+            its_losses |= keep_losses(finished, batch, walked)
+        losses.append(its_losses)
     return {cut: np.concatenate([of_batch[cut] for of_batch in losses]) for cut in cuts}
 
 
@@ -173,7 +189,7 @@ def greedy(
     naive: bool = False,  # As for `cut_scores`
     progress=None,  # As for `cut_scores`; a step is a removed layer
     mem_gib: float = 1.0,  # As for `cut_scores`
-    resume: str | Path | None = None,  # As for `cut_scores`; kept step by step
+    resume: str | Path | None = None,  # As for `cut_scores`; the first step is a `drop_one`
     stream: bool = False,  # As for `cut_scores`
 ) -> pd.DataFrame:  # As from `drop_one`; `step` from 1, `layer` that went; costs of all so far
     """
@@ -189,24 +205,20 @@ def greedy(
             f"k must be a whole number in 1..{depth - 1} ({depth} layers; one must stay), got {k!r}"
         )
     check_batches(model, batches)
+    batches = [{key: batch[key] for key in BATCH_KEYS} for batch in batches]
     tokens = scored_tokens(batches)
     score = partial(_naive_step, model, batches)
     if not naive:
         check_walk(model)
-        score = partial(_walk_step, model, _trace_batches(model, batches, mem_gib), mem_gib)
-    finished, content = FinishedParts(resume, model), [batch_content(batch) for batch in batches]
+        traced, finished = _trace_batches(model, batches, mem_gib), FinishedParts(resume, model)
+        score = partial(_walk_step, model, traced, batches, finished, mem_gib)
     removed: list[int] = []
     places, costs = [], []
     arrays: list[np.ndarray] = []  # of a step: the whole model, then each candidate
     with ticker(progress, k) as tick:
         for step in range(1, k + 1):
             candidates = [layer for layer in range(depth) if layer not in removed]
-            loaded = finished.load("greedy", content, removed)
-            arrays = loaded or _step_scores(
-                score, removed, candidates, arrays[0] if arrays else None
-            )
-            if not loaded:
-                finished.save(arrays, "greedy", content, removed)
+            arrays = _step_scores(score, removed, candidates, arrays[0] if arrays else None)
             nll = np.stack(arrays[1:])
             best = _cheapest(nll, step)
             places.append(dict(step=step, layer=candidates[best]))

@@ -8,7 +8,6 @@ __all__ = ['STATE_COLUMNS', 'Recorder', 'settings_html', 'report_html', 'save_re
 
 # %% ../nbs/52_report.ipynb #fc86a50d
 import copy
-import math
 import re
 import sys
 import time

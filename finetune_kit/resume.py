@@ -7,7 +7,8 @@ __all__ = ['BATCH_KEYS', 'fingerprint', 'batch_content', 'FinishedParts']
 
 # %% ../nbs/28_resume.ipynb #82280226
 import hashlib
-import json
+import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -68,33 +69,36 @@ class FinishedParts:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.model_id = fingerprint(model)
 
-    def _file(self, folder: Path, kind: str, origin: tuple) -> Path:
-        return folder / f"{kind}-{digest([self.model_id, *origin], 24)}.json"
+    def _origin(self, kind: str, origin: tuple) -> str:
+        return f"{kind}-{digest([self.model_id, *origin], 24)}"
 
     def load(
         self,
-        kind: str,  # First word of the file's name
-        *origin,  # All that the part follows from besides the model; anything that JSON can hold
-    ) -> list[np.ndarray] | None:  # None if it is not there, or damaged
-        "The arrays of a finished part."
+        kind: str,  # First word of the files' names
+        *origin,  # All that they follow from besides the model; anything that JSON can hold
+    ) -> dict[str, np.ndarray]:  # By name; empty where nothing is there
+        "The arrays that are finished. A damaged file counts for nothing."
+        arrays: dict[str, np.ndarray] = {}
         if not self.folder:
-            return None
-        file = self._file(self.folder, kind, origin)
-        try:
-            return [np.array(values) for values in json.loads(file.read_text())]
-        except FileNotFoundError:
-            return None
-        except ValueError:
-            log.warning(f"{file} is damaged; that part of the study is computed again")
-            return None
+            return arrays
+        for file in sorted(self.folder.glob(f"{self._origin(kind, origin)}-*.npz")):
+            try:
+                with np.load(file) as saved:
+                    arrays |= dict(saved)
+            except (ValueError, OSError, EOFError, zipfile.BadZipFile):
+                log.warning(f"{file} is damaged; that part of the study is computed again")
+        return arrays
 
     def save(
         self,
-        arrays: list[np.ndarray],  # Each of one dimension, numbers
+        arrays: dict[str, np.ndarray],  # By name
         kind: str,  # As for `load`
         *origin,
     ):
         "Keep a part; a reader never sees half of a file."
         if self.folder:
-            values = [array.tolist() for array in arrays]
-            write_atomic(self._file(self.folder, kind, origin), json.dumps(values))
+            packed = io.BytesIO()
+            named: dict = arrays  # any name; numpy's own options have none of these
+            np.savez(packed, **named)
+            name = f"{self._origin(kind, origin)}-{digest(sorted(arrays), 12)}.npz"
+            write_atomic(self.folder / name, packed.getvalue())

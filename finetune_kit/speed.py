@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MemoryTrace', 'trace_memory', 'PeakMemory', 'peak_memory', 'ClockedRequest', 'time_answer', 'weights_bytes',
-           'peak_mib', 'longest_answer_mib', 'time_answers', 'speed_of', 'speedup']
+           'peak_mib', 'process_peak_gib', 'longest_answer_mib', 'time_answers', 'speed_of', 'speedup']
 
 # %% ../nbs/35_speed.ipynb #db1e7957
 import json
@@ -121,6 +121,26 @@ def peak_mib(
     "The weights, and the most that is held beside them during a call, as from `peak_memory`."
     beside_weights = peak_memory(call, model.device.type)
     return (weights_bytes(model) + beside_weights.size) / 2**20
+
+
+def process_peak_gib(
+    device: str = "cpu",  # Where the tensors are: "cuda", or anything else
+) -> float:  # GiB
+    "The most that this process has held so far: on CUDA by torch's count, else all of its memory."
+    import sys
+
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 # %% ../nbs/35_speed.ipynb #eb867b31
 def longest_answer_mib(

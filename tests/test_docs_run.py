@@ -34,7 +34,7 @@ SKIPPED = [  # What is not run here, and why
 SMALL_DIALS = {
     "train.ipynb": "-p max_steps 5 -p eval_every 0 -p eval_items 8 -p max_new_tokens 4 "
     "-p backend transformers",
-    "layer_study.ipynb": "-p items 8 -p greedy_k 1 -p blocks false -p precisions bfloat16",
+    "layer_study.ipynb": "-p items 8 -p greedy_k 1 -p blocks 0 -p precisions bfloat16",
     "evaluate.ipynb": "-p items 8 -p max_new_tokens 4 -p backend transformers",
 }
 SMALL_YAML = [

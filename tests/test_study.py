@@ -9,17 +9,21 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
 
+from finetune_kit.atlas import atlas
 from finetune_kit.batches import batches
 from finetune_kit.chat import encode_rows
-from finetune_kit.importance import drop_one
+from finetune_kit.cuts import cut_edits, single_cuts
+from finetune_kit.importance import drop_one, greedy
 from finetune_kit.model import load_model
 from finetune_kit.rows import load_rows
+from finetune_kit.walk import PORTION_FLOPS, walk_flops
 
 
 def one_run(runs):
@@ -34,7 +38,8 @@ def test_layer_study(warm, tmp_path):
         "nbs/layer_study.ipynb",
         items=12,
         greedy_k=2,
-        blocks=False,
+        blocks=2,
+        parts="mlp",
         precisions="4bit",
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -50,6 +55,12 @@ def test_layer_study(warm, tmp_path):
     assert (ones.delta <= ones.hi).all()
     assert abs(ends.delta.iloc[-1]) < 1e-6
     assert abs(cheap.nll - ends.nll).max() < 1e-5, "the logit lens is the truncation"
+    pairs = pd.read_csv(folder / "blocks.csv")
+    assert pairs.n.value_counts().to_dict() == {1: 12, 2: 11}
+    assert info["chosen"] == dict(items=12, parts="mlp", greedy_k=2, blocks=2, precisions="4bit")
+    assert json.loads((folder / "chosen.json").read_text()) == info["chosen"]
+    timing = pd.read_csv(folder / "timing.csv").set_index("part")
+    assert timing["measured, s"].notna().all()
     assert removed.layer.iloc[0] == ones.delta.idxmin()
     assert abs(removed.delta.iloc[0] - ones.delta.min()) < 1e-5
     page = (folder / "report.html").read_text()
@@ -59,13 +70,25 @@ def test_layer_study(warm, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "dial, says", [(dict(itms=3), "did you mean 'items'"), (dict(stream=True), "precisions=''")]
+    "dial, says",
+    [
+        (dict(itms=3), "did you mean 'items'"),
+        (dict(stream=True, precisions="4bit"), "precisions=''"),
+    ],
 )
 def test_layer_study_refuses(warm, tmp_path, dial, says):
     done = warm(tmp_path / "out.ipynb", tmp_path / "runs", "nbs/layer_study.ipynb", **dial)
     assert done.returncode != 0
     assert says in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_budget_too_small_for_a_row_says_so(warm, tmp_path):
+    dials = dict(budget_minutes=0.01, precisions="")
+    done = warm(tmp_path / "out.ipynb", tmp_path / "runs", "nbs/layer_study.ipynb", **dials)
+    assert done.returncode != 0
+    assert "set a larger budget_minutes" in done.stderr
+    assert one_run(tmp_path / "runs")[1]["status"] == "failed"
 
 
 @pytest.mark.slow
@@ -108,30 +131,61 @@ def test_a_study_goes_on_for_the_same_weights_only(text, tmp_path):
     assert after.delta.tolist() == drop_one(model, some[:2]).delta.tolist()
 
 
-def slow_study(text, folder, pipe):
-    "In a child: tell of every step, and take a while for it."
+def calls_of(model):
+    "A list that gets a number for each call of a layer: how many rows go through it."
+    calls = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
+    return calls
+
+
+def slow_study(study, text, folder, pipe):
+    "In a child: tell of every call of a layer, and take a while for it."
     torch.set_num_threads(1)
+    model, some = text
+    n_calls = 0
 
-    def tell(done, total):
-        pipe.send(done)
-        time.sleep(0.1)
+    def tell(module, args, output):
+        nonlocal n_calls
+        n_calls += 1
+        pipe.send(n_calls)
+        time.sleep(0.002)
 
-    drop_one(*text, resume=folder, progress=tell)
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(tell)
+    study(model, some, resume=folder)
 
 
-def test_a_killed_study_goes_on(text, tmp_path):
+@pytest.mark.parametrize("study", [drop_one, partial(greedy, k=2, mem_gib=1e-9), atlas])
+def test_a_killed_study_goes_on(text, tmp_path, monkeypatch, study):
+    """Killed at any time, a study loses no more than a portion.
+
+    Here a portion is a twentieth of the first batch's walk; on a real model it is half a minute.
+    """
+    model, some = text
+    cuts = [(), *(cut_edits(plan, 12) for plan in single_cuts(12))]
+    flops = walk_flops(model, some[0], cuts)
+    monkeypatch.setitem(PORTION_FLOPS, "cpu", flops / 20)
+    whole = study(model, some, resume=tmp_path / "whole")
+    calls = calls_of(model)
+    study(model, some, resume=tmp_path / "counted")
+    in_all = len(calls)
     fork = multiprocessing.get_context("fork")
     here, there = fork.Pipe()
-    process = fork.Process(target=slow_study, args=(text, tmp_path / "a", there))
+    process = fork.Process(target=slow_study, args=(study, text, tmp_path / "a", there))
     process.start()
-    while here.recv() < 30:
+    killed_after = in_all * 2 // 3
+    while here.recv() < killed_after:
         pass
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    kept = list((tmp_path / "a").glob("walk-*.json"))
-    assert len(kept) == 2, "two batches of six were through their 12 layers"
-    again, whole = drop_one(*text, resume=tmp_path / "a"), drop_one(*text)
+    calls.clear()
+    again = study(model, some, resume=tmp_path / "a")
+    lost = killed_after + len(calls) - in_all
+    one_batch = in_all / len(some)
+    assert lost <= one_batch / (2 if study is drop_one else 1) + 15, (lost, in_all)
+    assert len(calls) < in_all - killed_after + one_batch + 15
     pd.testing.assert_frame_equal(again, whole, check_exact=True)
 
 
