@@ -20,6 +20,7 @@ from .batches import batches
 from .core import MetricComputationError
 from .infer import generate
 from .intervals import ends_of, interval, share_limits
+from .logs import log
 from .metrics import AnswerMetric, evaluate, find_metric, metrics
 from .rendering import split_thought, spoken
 from .scores import ANSWER_METRICS, metric_label, scores
