@@ -140,9 +140,7 @@ def _call(value: Any, label: str) -> dict:
     arguments = _parsed({} if arguments in (None, "") else arguments, f"{label}'s arguments")
     if not isinstance(arguments, dict):
         raise ValueError(f"{label}'s arguments are {type(arguments).__name__}, not an object")
-    call: dict = dict(
-        type="function", function=dict(name=function["name"], arguments=arguments)
-    )
+    call: dict = dict(type="function", function=dict(name=function["name"], arguments=arguments))
     return call | (dict(id=value["id"]) if isinstance(value.get("id"), str) else {})
 
 
@@ -355,10 +353,15 @@ def _last_exchange(raw: dict, fields: Fields, counts_from: int) -> list[dict]:
     in_question = value_at(raw, question) if isinstance(question, str) else None
     in_answer = value_at(raw, answer) if isinstance(answer, str) else None
     prompt_turns, answer_turns = _turns_in(in_question), _turns_in(in_answer)
-    if answer_turns and not prompt_turns and _first_given(answer_turns[0], "role", "from") in (
-        "user",
-        "human",
-        "system",
+    if (
+        answer_turns
+        and not prompt_turns
+        and _first_given(answer_turns[0], "role", "from")
+        in (
+            "user",
+            "human",
+            "system",
+        )
     ):
         return _conversation(answer_turns, str(answer))  # The whole conversation
     if prompt_turns or answer_turns:
