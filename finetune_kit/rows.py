@@ -105,7 +105,7 @@ class Rows(list):
         "How many rows have their parts in which fields, the most frequent first."
         return {str(detection): n for detection, n in self.detections.most_common()}
 
-# %% ../nbs/13_rows.ipynb #69662e60
+# %% ../nbs/13_rows.ipynb #6e42b7d3
 # Files beside data that are no data: cards, licences, what `datasets` notes down
 _NO_DATA = re.compile(
     r"(readme|licen[cs]e|notice|changelog|requirements|dataset_infos?|dataset_dict|state)",
@@ -234,7 +234,7 @@ def resolve_source(
         return DataSource("files", label, files=tuple(source_files(source)))
     return DataSource("files", str(source), files=tuple(source_files(source)))
 
-# %% ../nbs/13_rows.ipynb #168b761d
+# %% ../nbs/13_rows.ipynb #656c0d0e
 def split_of_file(
     file: Path,  # A file of a source
     top: Path,  # The folder that all its files are in; names above it say nothing
@@ -331,7 +331,7 @@ def _parts(source: DataSource, split: str | None) -> list[SourcePart]:
             parts.append(SourcePart(label, _file_lines(file), wanted))
     return parts
 
-# %% ../nbs/13_rows.ipynb #5a348f51
+# %% ../nbs/13_rows.ipynb #035bb8eb
 class RawRow(NamedTuple):
     "What stands in a source, before it becomes a row."
 
@@ -382,7 +382,7 @@ def _first_number(rows: list[dict], mapping: FieldMapping | None) -> int:
             pairs.append((value, value_at(row, fields["label"])))
     return int(counts_from_one(pairs))
 
-# %% ../nbs/13_rows.ipynb #3a952702
+# %% ../nbs/13_rows.ipynb #93f57cef
 def _of_trees(label: str, lines: Lines) -> Iterator[RawRow]:
     "The conversations in messages with parents; other rows as they are."
     messages = []
@@ -485,7 +485,8 @@ def drop_near(
     texts = [spoken_text(row, unless=["system"]) for row in rows]
     pairs_of: dict[int, list[NearPair]] = defaultdict(list)
     for pair in near_pairs(texts, threshold):
-        pairs_of[pair.later].append(pair)
+        if rows[pair.later].get("split") == rows[pair.earlier].get("split"):
+            pairs_of[pair.later].append(pair)
     unique = rows.without_rows()
     dropped: set[int] = set()
     for index, row in enumerate(rows):
@@ -501,12 +502,13 @@ def drop_near(
 # %% ../nbs/13_rows.ipynb #db299ebb
 def _without_repeats(stream: Iterator[dict], rows: Rows, max_rows: int | None) -> None:
     "Append to `rows` what says something new; what repeats an earlier row goes to its rejects."
-    first_source: dict[str, str] = {}  # Id → where it came first
+    first_source: dict[tuple[str | None, str], str] = {}  # Split that it names and id → its place
     for row in stream:
-        if row["id"] in first_source:
-            rows.reject(row, f"duplicate of {first_source[row['id']]}")
+        key = (row.get("split"), row["id"])
+        if key in first_source:
+            rows.reject(row, f"duplicate of {first_source[key]}")
             continue
-        first_source[row["id"]] = row["source"]
+        first_source[key] = row["source"]
         rows.append(row)
         if len(rows) == max_rows:
             break
