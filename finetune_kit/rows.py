@@ -149,7 +149,7 @@ def _files_at(path: Path) -> list[Path]:
 
 
 def source_files(
-    source: str | Path | list | tuple,  # A file, a folder (searched through), or several of them
+    source: Any,  # A file, a folder (searched through), or several of them
 ) -> list[Path]:  # Files that a loader exists for, sorted within a folder
     "The files of a source. `DatasetLoadError` where one is missing or a folder holds none."
     if not isinstance(source, (str, Path, list, tuple)) or not source:
@@ -291,15 +291,16 @@ def _named_parts(source: DataSource, split: str | None) -> list[SourcePart]:
     for name, given in source.named:
         if split not in (None, name):
             continue
+        files = given.files
         if given.kind == "files" and len(given.files) > 1:
             splits = file_splits(given)
+            wanted = {name} if name in splits else {name, *splits} - set(SPLITS)
             pairs = zip(given.files, splits, strict=True)
-            files = [f for f, file_split in pairs if file_split == name or file_split not in SPLITS]
-            if name in splits:
-                files = [f for f, s in zip(given.files, splits, strict=True) if s == name]
-            given = DataSource("files", given.label, files=tuple(files)) if files else None
-        if given is None:
-            continue
+            files = tuple(file for file, file_split in pairs if file_split in wanted)
+        if given.kind == "files":
+            if not files:
+                continue
+            given = DataSource("files", given.label, files=files)
         hub_split = name if given.kind == "hub" else None
         inner = "train" if given.kind == "hub" and name not in _hub_names(given) else hub_split
         parts += _parts(given, inner)

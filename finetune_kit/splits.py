@@ -182,8 +182,8 @@ def with_names(
             files_of.setdefault(split if split in SPLITS else "train", []).append(file)
         has_train_files = "train" in file_splits(source)
         if len(files_of) > 1 and not has_train_files:
-            for split, files in files_of.items():
-                parts[split] = DataSource("files", source.label, files=tuple(files))
+            for split, its_files in files_of.items():
+                parts[split] = DataSource("files", source.label, files=tuple(its_files))
     if not parts and not given:
         return source
     if not parts:
