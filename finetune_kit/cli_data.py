@@ -415,13 +415,15 @@ def data(
     )
     looking = (tokenizer, template, max_length, loss_on)
     every = list(VARIANTS) if variant == "all" else [variant]
-    report = None
+    reports = []
     for name in every:
-        folder = out / name if out and variant == "all" else out
+        folder = out / str(name) if out and variant == "all" else out
         report = _look_at_variant(source, options, name, folder, looking)
         report.tokenizer = model
+        reports.append(report)
         if variant == "all" and not as_json:
             print(f"{name}: {report.splits} in {folder}")
+    report = reports[-1]
     if rejects:
         lines = [json.dumps(reject, ensure_ascii=False) + "\n" for reject in report.rejects]
         write_atomic(rejects, "".join(lines))

@@ -337,8 +337,6 @@ def _choice_exchange(raw: dict, fields: Fields, texts: list[str], counts_from: i
     names = fields["choices"]
     value = [raw.get(n) for n in names] if isinstance(names, tuple) else value_at(raw, names)
     options = read_options(value)
-    if "label" not in fields:
-        raise ValueError("it has choices, and nothing that says which is right")
     answer = _text(_right_text(raw, fields, options, counts_from), "the right choice")
     return [
         dict(role="user", content=clean(with_options("\n".join(texts), options))),
@@ -486,7 +484,7 @@ def _all_messages(raw: dict, fields: Fields, counts_from: int) -> list[dict]:
         if messages and messages[0]["role"] != "system":
             messages = _system_messages(raw, fields) + messages
         answer = fields.get("answer")
-        if answer and messages[-1]["role"] != "assistant":
+        if answer and messages and messages[-1]["role"] != "assistant":
             value = value_at(raw, answer) if isinstance(answer, str) else None
             turns = _turns_in([value] if isinstance(value, dict) else value)
             last = _conversation(turns, str(answer)) if turns else [_answer_message(raw, fields)]
@@ -516,6 +514,8 @@ def shape_row(
     if not isinstance(raw, dict):
         raise ValueError(f"a row is {type(raw).__name__}, not a mapping or text")
     check_marks(raw, fields)
+    if "choices" in fields and "label" not in fields:
+        raise ValueError("it has choices, and nothing that says which is right")
     if not is_usable(fields):
         names = ", ".join(map(str, raw)) or "(none)"
         raise ValueError(f"no question and answer, messages or text among the fields {names}")

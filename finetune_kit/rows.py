@@ -270,7 +270,7 @@ def _hub_lines(source: DataSource, split: str) -> Lines:
 
 def _file_lines(path: Path) -> Lines:
     try:
-        yield from loaders[path.suffix.lower()](path)
+        yield from loaders[file_suffix(path)](path)
     except DatasetLoadError:
         raise
     except (OSError, UnicodeError) as error:
