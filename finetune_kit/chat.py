@@ -108,14 +108,21 @@ def _chat_tokens(rows, tokenizer, template, loss_on) -> list[Tokens]:
     return tokens
 
 
-def _text_tokens(texts, tokenizer) -> list[Tokens]:
-    encodings = _tokenize(texts, tokenizer, add_special_tokens=True)
-    return [Tokens(encoding.ids, encoding.ids) for encoding in encodings]
+def _text_tokens(rows, tokenizer) -> list[Tokens]:
+    "Plain texts; each ends with the EOS token, unless its row says that it is open."
+    eos = tokenizer.eos_token_id
+    encodings = _tokenize([row["text"] for row in rows], tokenizer, add_special_tokens=True)
+    tokens = []
+    for row, encoding in zip(rows, encodings, strict=True):
+        is_closed = eos is None or row.get("open_end") or encoding.ids[-1:] == [eos]
+        ids = encoding.ids if is_closed else [*encoding.ids, eos]
+        tokens.append(Tokens(ids, ids))
+    return tokens
 
 # %% ../nbs/17_chat.ipynb #65d5b219
 def _encode_chunk(rows, tokenizer, template, max_length, loss_on) -> list[dict | str]:
     "`encode` for several rows; the reason in place of a row that cannot be used."
-    texts = [row["text"] for row in rows if "messages" not in row]
+    texts = [row for row in rows if "messages" not in row]
     chats = [row for row in rows if "messages" in row]
     chat_tokens = iter(_chat_tokens(chats, tokenizer, template, loss_on))
     text_tokens = iter(_text_tokens(texts, tokenizer))

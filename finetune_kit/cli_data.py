@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['DropOption', 'PruneOption', 'ToolOption', 'STATISTICS_COLUMNS', 'SourceArgument', 'MapOption', 'SplitOption',
-           'MaxRowsOption', 'DedupeOption', 'TokenizerOption', 'TemplateOption', 'LengthOption', 'LossOption',
-           'PreviewOption', 'RejectsOption', 'plan', 'DataReport', 'read_mapping', 'look_at_data', 'statistics_grid',
-           'print_data', 'data']
+           'HeldOption', 'VariantOption', 'InstructionOption', 'TagsOption', 'OutOption', 'MaxRowsOption',
+           'DedupeOption', 'TokenizerOption', 'TemplateOption', 'LengthOption', 'LossOption', 'PreviewOption',
+           'RejectsOption', 'plan', 'DataReport', 'read_mapping', 'DataOptions', 'read_splits', 'look_at_data',
+           'write_splits', 'statistics_grid', 'print_data', 'data']
 
 # %% ../nbs/92_cli_data.ipynb #6b250473
 import json
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,14 +73,21 @@ class DataReport:
     "What is in data, and what a training would make of it."
 
     source: list[str]
-    rows: int  # That can be used
+    splits: dict[str, int]  # Split → rows that can be used
     encoded: list[dict]  # Those of them that fit, as from `encode_rows`
     rejects: list[dict]  # What is left out, with source and reason
     reasons: dict[str, int]
     detected: dict[str, int]  # How fields were found → rows
+    notes: list[str]  # Sentences: fields that were not used, near-duplicates across splits
     statistics: Any  # DataFrame, as from `statistics`
     gate: dict | None  # What the gate counted; None where it stops the data
     fault: str | None  # Why the gate stops it
+    tokenizer: str  # The one that tokens are counted with
+
+    @property
+    def rows(self) -> int:
+        "That can be used, in all."
+        return sum(self.splits.values())
 
     def as_json(
         self,
@@ -88,13 +97,18 @@ class DataReport:
         return dict(
             source=self.source,
             rows=self.rows,
+            splits=self.splits,
+            notes=self.notes,
+            tokenizer=self.tokenizer,
             encoded=len(self.encoded),
             rejects=len(self.rejects),
             reasons=self.reasons,
             detected=self.detected,
             gate=self.gate,
             fault=self.fault,
-            statistics=json.loads(self.statistics.to_json(orient="records")),
+            statistics=json.loads(self.statistics.to_json(orient="records"))
+            if self.statistics is not None
+            else [],
             preview=[row["row"] for row in self.encoded[:preview]],
             first_rejects=self.rejects[:20],
         )
@@ -112,38 +126,106 @@ def read_mapping(
     return mapping
 
 
+@dataclass
+class DataOptions:
+    "What is asked of data, as a training's dials are."
+
+    mapping: dict
+    split: str | None  # Only this one of the splits that are made
+    max_rows: int | None
+    dedupe: str | None
+    validation: float | int | str  # A share, a count, or a file
+    test: float | int | str
+    variant: str | None
+    instruction: str | None
+    domain_tags: bool
+
+
+def read_splits(
+    source: list[str],  # Files, folders, or a hub id
+    options: DataOptions,
+) -> dict:  # Split → rows; the splits that were asked for
+    "The rows as a training would get them; a split may be empty."
+    from finetune_kit.data import prepare_dataset
+    from finetune_kit.fields import SPLITS, split_from_name
+
+    splits = prepare_dataset(
+        source if len(source) > 1 else source[0],
+        options.mapping,
+        options.validation,
+        options.test,
+        max_rows=options.max_rows,
+        dedupe=options.dedupe,
+        variant=options.variant,
+        instruction=options.instruction,
+        domain_tags=options.domain_tags,
+        may_be_empty=True,
+    )
+    if options.split is None:
+        return splits
+    name = split_from_name(options.split)
+    if name not in splits:
+        raise InvalidConfigError(f"split {choices(options.split, SPLITS)}")
+    return {name: splits[name]}
+
+
 def look_at_data(
     source: list[str],
-    mapping: dict,
-    split: str | None,
-    max_rows: int | None,
-    dedupe: str | None,
+    splits: dict,  # As from `read_splits`
     tokenizer,
     template: str | None,
     max_length: int,
     loss_on: str,
 ) -> DataReport:
-    "Read data, encode it, and ask the gate."
+    "Encode data, and ask the gate."
     from finetune_kit.chat import check_masks, encode_rows
-    from finetune_kit.data import statistics
-    from finetune_kit.rows import load_rows
+    from finetune_kit.data import data_notes, statistics
 
-    rows = load_rows(source if len(source) > 1 else source[0], split, mapping, max_rows, dedupe)
-    n_rows, detected = len(rows), rows.detected()
-    encoded = encode_rows(rows, tokenizer, template, max_length, loss_on)
+    encoded_splits = {
+        split: encode_rows(rows, tokenizer, template, max_length, loss_on)
+        for split, rows in splits.items()
+        if rows
+    }
+    encoded = [row for rows in encoded_splits.values() for row in rows]
     gate, fault = None, None
     try:
         gate = check_masks(encoded, tokenizer, template, loss_on=loss_on)
     except MaskError as error:
         fault = str(error)
-    table = statistics({split or "all": encoded})
+    detected: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    for rows in splits.values():
+        detected.update(rows.detected() if rows.detections else {})
+        reasons.update(rows.reasons())
     return DataReport(
-        source, n_rows, encoded, rows.rejects, rows.reasons(), detected, table, gate, fault
+        source,
+        {split: len(rows) for split, rows in splits.items()},
+        encoded,
+        [reject for rows in splits.values() for reject in rows.rejects],
+        dict(reasons),
+        dict(detected),
+        data_notes(splits)[1:],
+        statistics(encoded_splits) if encoded_splits else None,
+        gate,
+        fault,
+        getattr(tokenizer, "name_or_path", ""),
     )
+
+
+def write_splits(
+    splits: dict,  # As from `read_splits`
+    folder: Path,  # Where they go, a file each
+) -> None:
+    "Write rows as JSON lines, to be read again as they are."
+    for split, rows in splits.items():
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        if lines:
+            write_atomic(folder / f"{split}.jsonl", "".join(lines))
 
 # %% ../nbs/92_cli_data.ipynb #74aa5b7f
 # What fits into 80 columns: column of `statistics` → its title
 STATISTICS_COLUMNS = dict(
+    split="split",
     domain="domain",
     rows="rows",
     tokens="tokens",
@@ -161,13 +243,16 @@ def _cell(value) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def statistics_grid(table):  # rich's `Table`
-    "How many tokens rows have."
+def statistics_grid(table, tokenizer: str = ""):  # rich's `Table`
+    "How many tokens rows have, by the tokenizer of that name."
     from rich.table import Table
 
-    grid = Table(title="Tokens", title_justify="left")
+    title = f"Tokens, counted with {tokenizer}" if tokenizer else "Tokens"
+    grid = Table(title=title, title_justify="left")
     for title in STATISTICS_COLUMNS.values():
-        grid.add_column(title, justify="left" if title == "domain" else "right", no_wrap=True)
+        grid.add_column(
+            title, justify="left" if title in ("split", "domain") else "right", no_wrap=True
+        )
     for row in table[list(STATISTICS_COLUMNS)].itertuples(index=False):
         grid.add_row(*map(_cell, row))
     return grid
@@ -208,7 +293,12 @@ def print_data(
     )
     for explanation, count in report.detected.items():
         console.print(Text(f"  {count:,} rows: {explanation}"))
-    console.print(statistics_grid(report.statistics))
+    counts = [f"{split} {n:,}" for split, n in report.splits.items()]
+    console.print(Text(f"  splits: {', '.join(counts)}"))
+    for note in report.notes:
+        console.print(Text(f"  {note}"))
+    if report.statistics is not None:
+        console.print(statistics_grid(report.statistics, report.tokenizer))
     for reason, count in report.reasons.items():
         console.print(Text(f"  {count:,} left out: {reason}", style="yellow"))
     for reject in report.rejects[:5]:
@@ -235,8 +325,21 @@ MapOption = Annotated[
         "--map text=title,body puts two together",
     ),
 ]
-SplitOption = Annotated[
-    str | None, typer.Option(help="Only the files of this name, or this split of a hub data set")
+SplitOption = Annotated[str | None, typer.Option(help="Only this one: train, validation or test")]
+HeldOption = Annotated[
+    str, typer.Option(help="Held out where the data holds none: a share, a count, or a file")
+]
+VariantOption = Annotated[
+    str | None,
+    typer.Option(help="Worked problems as math, reasoning or assistant; or all, with --out"),
+]
+InstructionOption = Annotated[str | None, typer.Option(help="A system turn for every conversation")]
+TagsOption = Annotated[
+    bool, typer.Option("--domain-tags", help="Mark each question with its domain")
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(help="Write the rows into this folder, a JSONL file for each split"),
 ]
 MaxRowsOption = Annotated[int | None, typer.Option(help="Read no more good rows than this")]
 DedupeOption = Annotated[str, typer.Option(help="exact, near or none")]
@@ -252,6 +355,24 @@ RejectsOption = Annotated[
 ]
 
 
+def _size(text: str) -> float | int | str:
+    "A share, a count, or a file as it was given."
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _look_at_variant(source, options, variant, out, looking) -> DataReport:
+    "Read one variant, and write it where that was asked for."
+    splits = read_splits(source, replace(options, variant=variant))
+    if out:
+        write_splits(splits, out)
+    return look_at_data(source, splits, *looking)
+
+
 @app.command()
 def data(
     source: SourceArgument,
@@ -259,6 +380,12 @@ def data(
     split: SplitOption = None,
     max_rows: MaxRowsOption = None,
     dedupe: DedupeOption = "exact",
+    validation: HeldOption = "0.1",
+    test: HeldOption = "0.1",
+    variant: VariantOption = None,
+    instruction: InstructionOption = None,
+    domain_tags: TagsOption = False,
+    out: OutOption = None,
     model: TokenizerOption = "data/tiny-base",
     template: TemplateOption = None,
     max_length: LengthOption = 512,
@@ -267,21 +394,36 @@ def data(
     rejects: RejectsOption = None,
     as_json: JsonOption = False,
 ):
-    "Show what is in data, and what a training would make of it: `finetune-kit data my.jsonl`."
+    """Show what is in data, and what a training would make of it: `finetune-kit data my.jsonl`.
+    With --out the rows are written too; --variant all writes each variant into its own folder."""
     from finetune_kit.model import load_tokenizer
+    from finetune_kit.variants import VARIANTS
 
+    if variant == "all" and out is None:
+        raise InvalidConfigError("--variant all writes each into its folder: add --out FOLDER")
     tokenizer = load_tokenizer(model)
-    report = look_at_data(
-        source,
+    options = DataOptions(
         read_mapping(mapping),
         split,
         max_rows,
         None if dedupe == "none" else dedupe,
-        tokenizer,
-        template,
-        max_length,
-        loss_on,
+        _size(validation),
+        _size(test),
+        None,
+        instruction,
+        domain_tags,
     )
+    looking = (tokenizer, template, max_length, loss_on)
+    every = list(VARIANTS) if variant == "all" else [variant]
+    reports = []
+    for name in every:
+        folder = out / str(name) if out and variant == "all" else out
+        report = _look_at_variant(source, options, name, folder, looking)
+        report.tokenizer = model
+        reports.append(report)
+        if variant == "all" and not as_json:
+            print(f"{name}: {report.splits} in {folder}")
+    report = reports[-1]
     if rejects:
         lines = [json.dumps(reject, ensure_ascii=False) + "\n" for reject in report.rejects]
         write_atomic(rejects, "".join(lines))

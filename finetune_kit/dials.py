@@ -38,6 +38,7 @@ from .rendering import templates
 from .rows import resolve_source
 from .scores import ANSWER_METRICS, metric_label
 from .settings import StrictConfig
+from .splits import split_dials, with_names
 from .training import TrainConfig
 
 # %% ../nbs/55_dials.ipynb #68e4e14a
@@ -62,7 +63,12 @@ class RunConfig(TrainConfig):
     "Everything that decides about a run's result."
 
     model: str = "data/tiny-base"  # Folder or hub id of the base
-    data: str | list[str] = "data/domains"  # File, folder, several of them, or hub id
+    # File, folder, several of them, hub id, or splits by name: {"train": …, "test": …}
+    data: str | list[str] | dict[str, str | list[str]] = "data/domains"
+    # The validation split, where data has none: a share, a count of rows, or a file
+    validation: float | int | str | list[str] = 0.1
+    test: float | int | str | list[str] = 0.1  # The same for the test split
+    text_end: bool = True  # Whether a plain text ends with the EOS token
     mapping: dict[str, str | list[str]] | None = None  # Fields by hand: {"question": "ask"}
     max_rows: Annotated[int, Field(ge=3)] | None = None  # Read no more rows (of each split)
     dedupe: Literal["exact", "near"] | None = "exact"  # Duplicates to leave out
@@ -158,7 +164,7 @@ def check_run(
     template = cfg.template
     if template is not None and template != "own" and "{" not in template:
         templates[template]
-    resolve_source(cfg.data)
+    with_names(resolve_source(cfg.data), split_dials(cfg.validation, cfg.test)[1])
     return plan
 
 # %% ../nbs/55_dials.ipynb #00c645f0
@@ -200,7 +206,7 @@ class StudyConfig(StrictConfig):
 
     model: str = "data/tiny-base"  # Folder or hub id
     # First calibration set: its held-out rows (where it has no splits, any), loss on the answers
-    data: str | list[str] = "data/domains"
+    data: str | list[str] | dict[str, str | list[str]] = "data/domains"
     # Second calibration set; None: the same rows, loss on the words of questions and answers
     other: str | list[str] | None = None
     mapping: dict[str, str | list[str]] | None = None  # Fields of the data by hand

@@ -59,11 +59,14 @@ def _config_digest(cfg: StrictConfig, plan: LayerPlan | None) -> str:
     return digest(others | dict(dropped=plan.dropped))
 
 
-def _data_digest(data: str | list) -> str:
+def _data_digest(data: str | list | dict, held_out: list) -> str:
     source = resolve_source(data)
-    if source.kind != "files":
-        return digest(data)
-    return digest([(file.name, _file_digest(file)) for file in source.files])
+    files = list(source.files)
+    for dial in held_out:
+        files += resolve_source(dial).files
+    digests = [(file.name, _file_digest(file)) for file in files]
+    names = [] if source.kind == "files" else [data]
+    return digest([*digests, *names]) if files else digest(data)
 
 
 def _model_digest(model: str) -> str:
@@ -106,8 +109,9 @@ def content_hashes(
         config=_config_digest(cfg, plan),
         code=digest([*_package_digests(), _notebook_code(experiment)]),
     )
-    if isinstance(data, str | list):
-        hashes["data"] = _data_digest(data)
+    if isinstance(data, str | list | dict):
+        dials = [getattr(cfg, name, None) for name in ("validation", "test")]
+        hashes["data"] = _data_digest(data, [d for d in dials if isinstance(d, str | list)])
     if isinstance(model, str):
         hashes["model"] = _model_digest(model)
         hashes["template"] = _template_digest(model, getattr(cfg, "template", None))

@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from finetune_kit.core import DatasetLoadError
+from finetune_kit.core import DatasetLoadError, NoTextColumnsError
 from finetune_kit.data import prepare_dataset
 from finetune_kit.duplicates import near_pairs, shingles, similarity
 from finetune_kit.messages import clean, to_row
@@ -186,7 +186,7 @@ def test_every_shape_and_template(shape, template, tok, tmp_path):
         text = text.replace("Why?", "Add.\n1 2").replace("Because.", "3")
         scored = scored.replace("Because.", "3")
     if shape == "text":
-        text = scored = tok.decode(tok(expected).input_ids)
+        text = scored = tok.decode(tok(expected).input_ids) + tok.eos_token
     else:
         assert render(expected, tok, template) == text
     [encoded] = encode_rows(rows, tok, template)
@@ -198,7 +198,7 @@ def test_every_shape_and_template(shape, template, tok, tmp_path):
 def test_text_files_are_texts(tmp_path):
     (tmp_path / "a.txt").write_text("Why?\n\n Because. \r\n")
     rows = load_rows(tmp_path / "a.txt")
-    assert [row["text"] for row in rows] == ["Why?", "Because."]
+    assert [row["text"] for row in rows] == ["Why?", " Because. "]
     assert [row["source"] for row in rows] == ["a.txt:1", "a.txt:3"]
 
 
@@ -306,7 +306,11 @@ raw_rows = (
 def read(path):
     "The rows and the rejects of a file."
     into = Rows()
-    return list(stream_rows(path, into=into)), into.rejects
+    try:
+        return list(stream_rows(path, into=into)), into.rejects
+    except NoTextColumnsError as error:
+        assume("can be read in" not in str(error))  # Two readings stop a run, as they should
+        raise
 
 
 def without_surrogates(text):
@@ -335,7 +339,7 @@ def test_a_row_is_used_or_refused_with_a_reason(raw):
         assert row["text"]
         return
     for message in row["messages"]:
-        assert message["role"] in ("system", "user", "assistant")
+        assert message["role"] in ("system", "user", "assistant", "tool")
         assert message["content"] == clean(message["content"]) != ""
 
 
@@ -390,7 +394,7 @@ def usable_contents(records):
     contents = []
     for question, answer, _ in records:
         is_valid = without_surrogates(question + answer) == question + answer
-        if is_valid and clean(question) and clean(answer):
+        if is_valid and clean(question).strip() and clean(answer).strip():
             contents.append([clean(question), clean(answer)])
     return contents
 
@@ -514,7 +518,7 @@ def test_ten_megabytes_in_a_field(tmp_path):
     write_table(tmp_path / "b.csv", big, ",")
     write_parquet(tmp_path / "c.parquet", big)
     rows = load_rows(tmp_path)
-    assert [len(row["messages"][1]["content"]) for row in rows] == [10_499_999, 8]
+    assert [len(row["messages"][1]["content"]) for row in rows] == [10_500_000, 8]
     assert rows.reasons() == dict(duplicate=2)
 
 
