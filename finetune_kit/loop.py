@@ -27,7 +27,14 @@ from finetune_kit.core import (
     write_atomic,
 )
 from .model import count_parameters
-from .training import TrainConfig, TrainResult, filled, methods, setting
+from finetune_kit.training import (
+    TrainConfig,
+    TrainResult,
+    filled,
+    methods,
+    setting,
+    trains_mixed,
+)
 
 # %% ../nbs/41_loop.ipynb #73203718
 def row_order(
@@ -206,18 +213,18 @@ def check_loss(
         message += f", kept in {file}"
     raise NaNLossError(message)
 
-# %% ../nbs/41_loop.ipynb #7ed35d6a
+# %% ../nbs/41_loop.ipynb #3a95e0e3
 def mixed_precision(
     cfg: TrainConfig,
     device_type: str,  # "cuda", "mps" or "cpu"
 ) -> Any:  # A context manager
-    "Within the block products are in bf16 where every weight learns and `dtype` asks for it."
+    "Within the block products are in bf16 where every weight learns, and bf16 is asked for."
     import torch
 
-    is_mixed = cfg.method == "full" and cfg.dtype == "bfloat16"
+    is_mixed = trains_mixed(cfg, device_type)
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=is_mixed)
 
-# %% ../nbs/41_loop.ipynb #8baa9bb5
+# %% ../nbs/41_loop.ipynb #e5e47a1f
 def make_optimizer(
     learning: list,  # Parameters
     cfg: TrainConfig,  # `optimizer`, `lr`, `weight_decay`

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from finetune_kit.core import (
+    FineTuneError,
     IncompatibleConfigError,
     InvalidConfigError,
     choices,
@@ -52,7 +53,7 @@ def _explain(error: Mapping, fields: Mapping) -> str:
     message = error["msg"].removeprefix("Value error, ")
     return f"{name}={error['input']!r}: {message}" if name else message
 
-# %% ../nbs/03_settings.ipynb #3ecda6f7
+# %% ../nbs/03_settings.ipynb #e87402e6
 # Section → its words that are called otherwise here
 SECTIONS: dict[str, dict[str, str]] = {
     "model": dict(name="model", torch_dtype="dtype"),
@@ -80,7 +81,7 @@ def _takes(annotation, kind: type) -> bool:
     parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
     return any(part is Any or kind in (part, get_origin(part)) for part in parts)
 
-# %% ../nbs/03_settings.ipynb #7332a6f3
+# %% ../nbs/03_settings.ipynb #ec7da256
 def flat_values(
     values: Mapping[str, Any],  # As from a config file, with or without sections
     fields: Mapping[str, Any],  # pydantic's fields of the settings class, by name
@@ -125,6 +126,9 @@ class StrictConfig(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as faults:
+            errors = [fault.get("ctx", {}).get("error") for fault in faults.errors()]
+            if len(errors) == 1 and isinstance(errors[0], FineTuneError):
+                raise errors[0] from None  # of its own kind: a combination, something missing
             messages = [_explain(fault, fields) for fault in faults.errors()]
             raise InvalidConfigError("; ".join(messages)) from None
 

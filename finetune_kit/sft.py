@@ -34,7 +34,7 @@ from finetune_kit.loop import (
     validation_loss,
 )
 from .model import causal_lm
-from .training import TrainConfig, setting
+from .training import TrainConfig, setting, trains_mixed
 
 # %% ../nbs/43_sft.ipynb #1958196e
 def rows_in_lines(
@@ -391,7 +391,7 @@ def device_settings(
     import torch
 
     on_cpu = model.device.type == "cpu"
-    is_mixed = cfg.method == "full" and cfg.dtype == "bfloat16"  # as `loop.mixed_precision`
+    is_mixed = trains_mixed(cfg, model.device.type)
     return dict(
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu and cfg.nproc > 1 else None,

@@ -113,8 +113,10 @@ def train_by_trl(
         claim_folder(folder, checkpoint, cfg, splits.train)
     rows_at_once = max(1, setting(cfg, "batch_size") // cfg.nproc)
     runner = step_runner(model, rows_at_once, tokenizer.pad_token_id or 0, is_fused)
-    with tempfile.TemporaryDirectory() as temporary, quiet(), tracked(
-        cfg.report_to, folder, cfg.wandb_project
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        quiet(),
+        tracked(cfg.report_to, folder, cfg.wandb_project),
     ):
         training_log = TrainingLog(cfg, splits, folder, on_log, logged_lines(checkpoint))
         trainer = build_trainer(

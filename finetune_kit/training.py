@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PREPARE', 'TRAIN', 'methods', 'TRACKERS', 'check_arguments', 'Method', 'Methods', 'check_tracker', 'TrainConfig',
            'target_names', 'lora', 'qlora', 'full', 'width_of', 'derive_training', 'with_values', 'filled', 'setting',
-           'TrainResult']
+           'computes_in', 'trains_mixed', 'weights_dtype', 'TrainResult']
 
 # %% ../nbs/40_training.ipynb #c2a98c91
 import importlib.util
@@ -24,9 +24,16 @@ from finetune_kit.core import (
     MissingConfigError,
     Registry,
     choices,
+    detect_device,
 )
 from .model import is_quantized
-from .rules import Derived, derive_batch_size, derive_lr, derive_steps
+from finetune_kit.rules import (
+    Derived,
+    derive_batch_size,
+    derive_dtype,
+    derive_lr,
+    derive_steps,
+)
 from .settings import StrictConfig
 
 # %% ../nbs/40_training.ipynb #40a00001
@@ -235,7 +242,7 @@ def full(model, cfg: "TrainConfig"):
         model.float()  # a small step on a weight of 16 bits is rounded away
     return model.requires_grad_(True)
 
-# %% ../nbs/40_training.ipynb #4692543a
+# %% ../nbs/40_training.ipynb #fc55d3e2
 def width_of(
     config,  # transformers' `PretrainedConfig`
 ) -> int:
@@ -279,7 +286,7 @@ def with_values(
         values["epochs"] = None
     return type(cfg)(**(cfg.model_dump() | values))
 
-# %% ../nbs/40_training.ipynb #0879fe3c
+# %% ../nbs/40_training.ipynb #506a10b3
 def filled(
     cfg: "TrainConfig",
     model,  # The one to be trained
@@ -303,6 +310,39 @@ def setting(
     if value is None:
         raise InvalidConfigError(f"{name} is None; set it, or ask filled(cfg, model, rows)")
     return value
+
+# %% ../nbs/40_training.ipynb #34b67a32
+def computes_in(
+    cfg: "TrainConfig",
+    device: str | None = None,  # "cuda", "mps" or "cpu"; None: the one that models are loaded on
+) -> Derived:  # "float32", "bfloat16" or "float16"
+    "The numbers that a training computes in."
+    if cfg.dtype is not None:
+        return Derived(cfg.dtype, "set by hand")
+    device = device or detect_device()
+    has_bf16 = False
+    if device == "cuda":
+        import torch
+
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return derive_dtype(cfg.method, device, has_bf16)
+
+
+def trains_mixed(
+    cfg: "TrainConfig",
+    device: str,  # "cuda", "mps" or "cpu"
+) -> bool:
+    "Whether fp32 weights learn by products in bf16."
+    return cfg.method == "full" and computes_in(cfg, device).value == "bfloat16"
+
+
+def weights_dtype(
+    cfg: "TrainConfig",
+) -> Any:  # torch dtype, for `load_model`
+    "What the weights are loaded in: fp32 where all of them learn, else what is computed in."
+    import torch
+
+    return torch.float32 if cfg.method == "full" else getattr(torch, computes_in(cfg).value)
 
 # %% ../nbs/40_training.ipynb #36bc2dbb
 @dataclass
