@@ -42,9 +42,9 @@ def derive_lr(
     factor = max(1.0, ANCHOR_WIDTH / width)
     kind = "adapters" if method in ANCHOR_RATES else "all weights"
     width_text = f"{ANCHOR_WIDTH:,} / width {width:,}" if factor > 1 else f"width {width:,}"
-    return Derived(
-        float(f"{rate * factor:.2g}"), f"{rate:g} for {kind}, x {factor:.3g} ({width_text})"
-    )
+    rate_text = f"{rate:.0e}".replace("e-0", "e-")
+    reason = f"{rate_text} for {kind}, x {factor:.3g} ({width_text})"
+    return Derived(float(f"{rate * factor:.2g}"), reason)
 
 # %% ../nbs/07_rules.ipynb #c9c22a67
 def percentile(
