@@ -87,7 +87,7 @@ def save_sealed(
         ) from error
 
 # %% ../nbs/42_checkpoints.ipynb #a4273b6c
-WITHOUT_EFFECT = frozenset({"nproc", "report_to", "save_every", "checkpointing"})
+WITHOUT_EFFECT = frozenset({"nproc", "report_to", "wandb_project", "save_every", "checkpointing"})
 
 
 def is_first_process() -> bool:

@@ -4,22 +4,25 @@
 
 # %% auto #0
 __all__ = ['Quantisation', 'Backend', 'MathVariant', 'PRECISIONS', 'metric_names', 'RunConfig', 'plan_of', 'check_run',
-           'HealConfig', 'StudyConfig', 'check_study', 'SpeedConfig', 'config_from', 'executed_parameters',
-           'read_dials']
+           'derive_evaluation', 'context_of', 'derive_run', 'reasons', 'HealConfig', 'StudyConfig', 'check_study',
+           'SpeedConfig', 'config_from', 'executed_parameters', 'read_dials']
 
 # %% ../nbs/55_dials.ipynb #da7f1430
+import importlib.util
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from .architecture import empty_model, layers_path
 from finetune_kit.core import (
     ROOT,
+    DatasetError,
     IncompatibleConfigError,
     InvalidConfigError,
+    MissingConfigError,
     choices,
     load_config,
     parse_layers,
@@ -32,14 +35,27 @@ from finetune_kit.declaration import (
     make_config_class,
     parse_parameters,
 )
+from .lengths import Lengths, data_lengths
 from .model import model_config
 from .plan import LayerPlan, drop, prune_after
 from .rendering import templates
 from .rows import resolve_source
+from finetune_kit.rules import (
+    Derived,
+    derive_answer_length,
+    derive_items,
+    derive_row_length,
+    percentile,
+)
 from .scores import ANSWER_METRICS, metric_label
-from .settings import StrictConfig
+from .settings import StrictConfig, flat_values
 from .splits import split_dials, with_names
-from .training import TrainConfig
+from finetune_kit.training import (
+    TrainConfig,
+    computes_in,
+    derive_training,
+    with_values,
+)
 
 # %% ../nbs/55_dials.ipynb #68e4e14a
 def metric_names(
@@ -85,12 +101,16 @@ class RunConfig(TrainConfig):
     enable_thinking: bool | None = None  # Think before each answer; None: as the template does
     loss_on: Literal["answers", "last", "all"] = "answers"  # Which tokens are scored
     metrics: str = ",".join(ANSWER_METRICS)  # Of the generated answers, with commas between
-    tasks: str = (
-        ""  # Public benchmarks for all states: "arc_easy,piqa"; the first `eval_items` of each
-    )
+    # Public benchmarks for all states: "arc_easy,piqa"; the first `eval_items` of each
+    tasks: str = ""
     tasks_folder: str | None = None  # Of your own tasks' YAML; then only those are known
-    eval_items: Annotated[int, Field(ge=2)] = 200  # Held-out rows to evaluate on
-    max_new_tokens: Annotated[int, Field(ge=1)] = 40  # Longest generated answer, in tokens
+    # Held-out rows to evaluate on; None: 200, or what 100,000 tokens allow
+    eval_items: Annotated[int, Field(ge=2)] | None = None
+    # Longest generated answer, in tokens; None: 95% of the references fit
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    most_steps: ClassVar[int] = 200  # Where neither steps nor epochs are given
+    most_items: ClassVar[int] = 200  # Where `eval_items` is not given
 
     @model_validator(mode="before")
     @classmethod
@@ -108,6 +128,15 @@ class RunConfig(TrainConfig):
     def check(self) -> LayerPlan:  # What stays of the model
         "Find what would fail: model, layers, data, template, settings that exclude each other."
         return check_run(self)
+
+    def derived(self) -> dict[str, Derived]:  # Of the dials that are None
+        "What the rules say of model, data and method, with their reasons."
+        return derive_run(self)
+
+    def resolved(self):  # The same class
+        "The config with the rules' values, after it was checked. Raises as `check`."
+        self.check()
+        return with_values(self, self.derived())
 
 # %% ../nbs/55_dials.ipynb #789dadd7
 def plan_of(
@@ -142,9 +171,19 @@ def _check_quantisation(cfg: RunConfig):
         )
 
 
+def _check_attention(cfg: RunConfig):
+    package = dict(flash_attention_2="flash_attn", flash_attention_3="flash_attn_interface")
+    needed = package.get(cfg.attn or "")
+    if needed and importlib.util.find_spec(needed) is None:
+        raise MissingConfigError(
+            f"attn={cfg.attn!r} needs the package {needed}, which is not installed; install it, "
+            "or set attn='sdpa'"
+        )
+
+
 def _check_length(cfg: RunConfig, base):
     longest = getattr(base.get_text_config(), "max_position_embeddings", None)
-    if longest and cfg.max_length > longest:
+    if longest and cfg.max_length and cfg.max_length > longest:
         raise InvalidConfigError(
             f"max_length={cfg.max_length} not in 8..{longest}, the context of {cfg.model}; set "
             f"max_length={longest}"
@@ -156,6 +195,7 @@ def check_run(
 ) -> LayerPlan:  # What stays of the model
     "Find what would fail before anything expensive starts. Each is a `FineTuneError`."
     _check_quantisation(cfg)
+    _check_attention(cfg)
     base = model_config(cfg.model)
     plan = plan_of(cfg, base)
     if not plan.whole:
@@ -167,6 +207,65 @@ def check_run(
     with_names(resolve_source(cfg.data), split_dials(cfg.validation, cfg.test)[1])
     return plan
 
+# %% ../nbs/55_dials.ipynb #9cbf192a
+def derive_evaluation(
+    cfg: Any,  # An experiment's config: `max_new_tokens`, `max_length`
+    lengths: Lengths,
+    context: int | None,  # The model's
+    items: str,  # The dial for the rows to evaluate on: "eval_items"
+    n_held_out: int,  # Rows there are
+    most: int,  # Rows
+) -> dict[str, Derived]:  # Of what is None among `max_new_tokens`, `max_length` and `items`
+    "What the rules say of an evaluation."
+    derived = {}
+    answer_tokens = cfg.max_new_tokens
+    if answer_tokens is None:
+        derived["max_new_tokens"] = derive_answer_length(lengths.answers, context)
+        answer_tokens = derived["max_new_tokens"].value
+    if cfg.max_length is None:
+        derived["max_length"] = derive_row_length([*lengths.train, *lengths.held_out], context)
+    if getattr(cfg, items) is None:
+        usual = percentile(lengths.held_out, 0.5)
+        derived[items] = derive_items(n_held_out, usual, answer_tokens, most)
+    return derived
+
+
+def context_of(
+    config,  # transformers' `PretrainedConfig`
+) -> int | None:  # Tokens; None where it says none
+    "The longest input of a model."
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+# %% ../nbs/55_dials.ipynb #1e52ab75
+def derive_run(
+    cfg: RunConfig,
+) -> dict[str, Derived]:  # Of the dials that are None
+    """
+    What the rules say of a run.
+
+    Data that cannot be read is left to the run, which fails with a report. Raises as the rules do.
+    """
+    base = model_config(cfg.model)
+    try:
+        lengths = data_lengths(cfg, cfg.model)
+    except DatasetError:
+        return {}
+    derived = derive_training(cfg, base, lengths.train, lengths.n_train, cfg.most_steps)
+    derived |= derive_evaluation(
+        cfg, lengths, context_of(base), "eval_items", lengths.n_held_out, cfg.most_items
+    )
+    return {name: derived[name] for name in type(cfg).model_fields if name in derived}
+
+
+def reasons(
+    cfg: RunConfig,  # As it was asked, before it was resolved
+) -> dict[str, str]:  # Dial → why it has the value that it has
+    "Why dials that nobody set have their values; for the report and for `run.json`."
+    told = {name: reason for name, (_, reason) in cfg.derived().items()}
+    if cfg.dtype is None:
+        told["dtype"] = "{}: {}".format(*computes_in(cfg))
+    return told
+
 # %% ../nbs/55_dials.ipynb #00c645f0
 class HealConfig(RunConfig):
     "Everything that decides about a study of healing: a run's config, for several cuts."
@@ -176,9 +275,12 @@ class HealConfig(RunConfig):
     tasks: Literal[""] = ""  # Nor have benchmarks
     tasks_folder: None = None
     layers: int | str | list[int] | None = None  # Layers to take out, one at a time; None: all
-    max_steps: Annotated[int, Field(ge=1)] = 60  # Optimizer steps of each healing
     eval_every: Annotated[int, Field(ge=0)] = 0  # Steps between validations; 0: only at the end
-    eval_items: Annotated[int, Field(ge=4)] = 100  # Held-out rows to evaluate on
+    # Held-out rows to evaluate on; None: 100, or what 50,000 tokens allow
+    eval_items: Annotated[int, Field(ge=4)] | None = None
+
+    most_steps: ClassVar[int] = 60  # Fewer than in `RunConfig`, since every layer has its training
+    most_items: ClassVar[int] = 100
 
     def cut_layers(
         self,
@@ -321,7 +423,14 @@ def config_from(
         if name in variables and (name in given or variables[name] != field.default):
             values[name] = variables[name]
     file = variables.get("config")
-    return cls(**((load_config(_config_file(file)) if file else {}) | values))
+    from_file = flat_values(load_config(_config_file(file)), fields) if file else {}
+    return cls(**(_without_twins(from_file, values) | values))
+
+
+def _without_twins(from_file: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    "A file's values, but of `epochs` and `max_steps` none where the other was set on purpose."
+    twins = dict(epochs="max_steps", max_steps="epochs")
+    return {name: value for name, value in from_file.items() if twins.get(name) not in values}
 
 
 def _config_file(name: str | Path) -> Path:

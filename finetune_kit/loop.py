@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['row_order', 'rows_by_step', 'Splits', 'split_dataset', 'check_rows', 'prepare_training', 'count_scored',
-           'count_tokens', 'batch_loss', 'backward', 'validation_loss', 'validates', 'check_loss', 'plain_loop']
+           'count_tokens', 'batch_loss', 'backward', 'validation_loss', 'validates', 'check_loss', 'mixed_precision',
+           'make_optimizer', 'plain_loop']
 
 # %% ../nbs/41_loop.ipynb #6a92500c
 import json
@@ -26,7 +27,14 @@ from finetune_kit.core import (
     write_atomic,
 )
 from .model import count_parameters
-from .training import TrainConfig, TrainResult, methods
+from finetune_kit.training import (
+    TrainConfig,
+    TrainResult,
+    filled,
+    methods,
+    setting,
+    trains_mixed,
+)
 
 # %% ../nbs/41_loop.ipynb #73203718
 def row_order(
@@ -37,7 +45,7 @@ def row_order(
     import torch
 
     generator = torch.Generator().manual_seed(cfg.seed)
-    n_needed = cfg.max_steps * cfg.batch_size * cfg.accumulate
+    n_needed = setting(cfg, "max_steps") * setting(cfg, "batch_size") * cfg.accumulate
     order: list[int] = []
     while len(order) < n_needed:
         order += torch.randperm(n_rows, generator=generator).tolist()
@@ -50,7 +58,7 @@ def rows_by_step(
 ) -> list[list[dict]]:  # `max_steps` lists of `batch_size * accumulate` rows
     "The rows of each optimizer step."
     order = row_order(len(rows), cfg)
-    per_step = cfg.batch_size * cfg.accumulate
+    per_step = setting(cfg, "batch_size") * cfg.accumulate
     steps = []
     for start in range(0, len(order), per_step):
         steps.append([rows[i] for i in order[start : start + per_step]])
@@ -180,7 +188,7 @@ def validates(
     cfg: TrainConfig,
 ) -> bool:
     "Whether the validation loss is measured after this step: each `eval_every`, and at the end."
-    if step == cfg.max_steps:
+    if step == setting(cfg, "max_steps"):
         return True
     return bool(cfg.eval_every) and step % cfg.eval_every == 0
 
@@ -205,12 +213,38 @@ def check_loss(
         message += f", kept in {file}"
     raise NaNLossError(message)
 
+# %% ../nbs/41_loop.ipynb #3a95e0e3
+def mixed_precision(
+    cfg: TrainConfig,
+    device_type: str,  # "cuda", "mps" or "cpu"
+) -> Any:  # A context manager
+    "Within the block products are in bf16 where every weight learns, and bf16 is asked for."
+    import torch
+
+    is_mixed = trains_mixed(cfg, device_type)
+    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=is_mixed)
+
+# %% ../nbs/41_loop.ipynb #e5e47a1f
+def make_optimizer(
+    learning: list,  # Parameters
+    cfg: TrainConfig,  # `optimizer`, `lr`, `weight_decay`
+) -> Any:  # torch's optimizer
+    "AdamW or SGD. `IncompatibleConfigError` for another."
+    import torch
+
+    kinds = dict(adamw=torch.optim.AdamW, sgd=torch.optim.SGD)
+    if cfg.optimizer not in kinds:
+        raise IncompatibleConfigError(
+            f"plain_loop has no {cfg.optimizer!r}; set optimizer='adamw' or 'sgd', or use train"
+        )
+    return kinds[cfg.optimizer](learning, lr=setting(cfg, "lr"), weight_decay=cfg.weight_decay)
+
 # %% ../nbs/41_loop.ipynb #645288d0
 def plain_loop(
     model,  # As from `load_model`, cut or whole
     tokenizer,  # Its tokenizer
     dataset: list[dict] | dict[str, list[dict]],  # Rows, or "train" and "validation"
-    cfg: TrainConfig = TrainConfig(),
+    cfg: TrainConfig = TrainConfig(),  # What is None, the rules say
     on_log=None,  # Called with each line of the log, a dict
 ) -> TrainResult:
     "Fine-tune without a trainer. `IncompatibleConfigError` for what it does not do."
@@ -223,15 +257,17 @@ def plain_loop(
             "set patience=0 and checkpointing=False, or use train"
         )
     splits = split_dataset(dataset)
+    cfg = filled(cfg, model, splits.train)
     model = prepare_training(model, splits, cfg)
     learning = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    optimizer = make_optimizer(learning, cfg)
     schedule = get_scheduler(cfg.schedule, optimizer, cfg.warmup_steps, cfg.max_steps)
     log, tokens = [], 0
     start = time.perf_counter()
     model.train()
     for step, rows in enumerate(rows_by_step(splits.train, cfg), 1):
-        loss = backward(model, rows, cfg.batch_size, tokenizer.pad_token_id)
+        with mixed_precision(cfg, model.device.type):
+            loss = backward(model, rows, setting(cfg, "batch_size"), tokenizer.pad_token_id)
         check_loss(loss, step, rows)
         norm = torch.nn.utils.clip_grad_norm_(learning, cfg.clip)
         line = dict(step=step, loss=loss, lr=schedule.get_last_lr()[0], grad_norm=norm.item())

@@ -151,13 +151,16 @@ class Recorder:
 def settings_html(
     values: Mapping,  # Name → value
     defaults: Mapping,  # What they would have been
+    reasons: Mapping[str, str] | None = None,  # Name → why a rule gave it this value
 ) -> str:  # HTML
-    "All settings in columns; those that differ from the defaults in bold."
+    "All settings in columns; those set by hand in bold, those set by a rule with its reason."
+    reasons = reasons or {}
     settings = []
     for name, value in values.items():
-        default = defaults.get(name)
-        is_changed = name in defaults and value != default
-        settings.append(dict(name=name, value=value, default=default, is_changed=is_changed))
+        default, reason = defaults.get(name), reasons.get(name)
+        is_changed = name in defaults and value != default and not reason
+        setting = dict(name=name, value=value, default=default, is_changed=is_changed)
+        settings.append(setting | dict(reason=reason))
     return fill("settings.html", settings=settings)
 
 # %% ../nbs/52_report.ipynb #fdf93b75

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SWITCHED_OFF', 'rows_in_lines', 'scored_only', 'scored_loss', 'lines_loss', 'padded_loss', 'fused_loss',
            'recompute_activations', 'recomputes', 'StepRunner', 'step_runner', 'logged_lines', 'TrainingLog',
-           'step_trainer_class', 'decisive_settings', 'device_settings', 'record_settings', 'tracker_variables',
-           'tracked', 'tracker_callbacks']
+           'step_trainer_class', 'decisive_settings', 'optimizer_settings', 'device_settings', 'record_settings',
+           'tracker_variables', 'tracked', 'tracker_callbacks']
 
 # %% ../nbs/43_sft.ipynb #2fca8719
 import json
@@ -34,7 +34,7 @@ from finetune_kit.loop import (
     validation_loss,
 )
 from .model import causal_lm
-from .training import TrainConfig
+from .training import TrainConfig, setting, trains_mixed
 
 # %% ../nbs/43_sft.ipynb #1958196e
 def rows_in_lines(
@@ -363,16 +363,24 @@ def decisive_settings(
 ) -> dict:
     "What decides the result of a training."
     return dict(
-        max_steps=cfg.max_steps,
-        per_device_train_batch_size=cfg.batch_size * cfg.accumulate // cfg.nproc,
+        max_steps=setting(cfg, "max_steps"),
+        per_device_train_batch_size=setting(cfg, "batch_size") * cfg.accumulate // cfg.nproc,
         gradient_accumulation_steps=1,  # a step takes all its rows at once; the runner parts them
-        learning_rate=cfg.lr,
+        learning_rate=setting(cfg, "lr"),
         lr_scheduler_type=cfg.schedule,
         warmup_steps=cfg.warmup_steps,
         weight_decay=cfg.weight_decay,
         max_grad_norm=cfg.clip,
         seed=cfg.seed,
+        **optimizer_settings(cfg),
     )
+
+
+def optimizer_settings(
+    cfg: TrainConfig,
+) -> dict:  # Empty for AdamW, which is the trainer's default in its fastest form
+    "Which optimizer."
+    return {} if cfg.optimizer == "adamw" else dict(optim=cfg.optimizer)
 
 
 def device_settings(
@@ -383,10 +391,11 @@ def device_settings(
     import torch
 
     on_cpu = model.device.type == "cpu"
+    is_mixed = trains_mixed(cfg, model.device.type)
     return dict(
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu and cfg.nproc > 1 else None,
-        bf16=model.dtype == torch.bfloat16 and not on_cpu,
+        bf16=is_mixed or (model.dtype == torch.bfloat16 and not on_cpu),
         fp16=model.dtype == torch.float16,
     )
 
@@ -405,7 +414,8 @@ def record_settings(
         run_name=Path(folder).parent.name if folder else None,
     )
     if cfg.report_to == "trackio":
-        settings |= dict(project="finetune_kit", trackio_static_space_id=False)
+        project = cfg.wandb_project or "finetune_kit"
+        settings |= dict(project=project, trackio_static_space_id=False)
     return settings
 
 
@@ -424,9 +434,10 @@ SWITCHED_OFF = dict(
 # %% ../nbs/43_sft.ipynb #43a00019
 def tracker_variables(
     folder: str | Path | None,  # Of the checkpoints
+    project: str | None = None,  # As `TrainConfig.wandb_project`
 ) -> dict[str, str]:
     "Environment variables by which trackers are told where to write."
-    variables = dict(WANDB_PROJECT="finetune_kit")
+    variables = dict(WANDB_PROJECT=project or "finetune_kit")
     if folder:
         run_folder = Path(folder).parent
         variables["WANDB_DIR"] = str(run_folder)
@@ -438,19 +449,23 @@ def tracker_variables(
 def tracked(
     report_to: str,  # As `TrainConfig.report_to`
     folder: str | Path | None,
+    project: str | None = None,  # As `TrainConfig.wandb_project`; wins over WANDB_PROJECT
 ):
     "Within the block the tracker knows where to write; its run ends with the block."
-    added = {}
+    before: dict[str, str | None] = {}
     if report_to != "none":
-        for name, value in tracker_variables(folder).items():
-            if name not in os.environ:
-                added[name] = value
-    os.environ.update(added)
+        for name, value in tracker_variables(folder, project).items():
+            if name not in os.environ or (project and name == "WANDB_PROJECT"):
+                before[name] = os.environ.get(name)
+                os.environ[name] = value
     try:
         yield
     finally:
-        for name in added:
-            del os.environ[name]
+        for name, value_before in before.items():
+            if value_before is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value_before
         if report_to == "wandb" and "wandb" in sys.modules:
             sys.modules["wandb"].finish()
             sys.modules["wandb"].teardown()  # the next training's folder is another

@@ -49,7 +49,7 @@ from finetune_kit.sft import (
     tracked,
     tracker_callbacks,
 )
-from .training import TrainConfig, TrainResult, methods
+from .training import TrainConfig, TrainResult, filled, methods, setting
 
 # %% ../nbs/45_trainer.ipynb #45a00002
 def build_trainer(
@@ -94,7 +94,7 @@ def train_by_trl(
     model,  # As from `load_model`, cut or whole
     tokenizer,  # Its tokenizer
     dataset: list[dict] | dict[str, list[dict]],  # Rows, or "train" and "validation"
-    cfg: TrainConfig = TrainConfig(),
+    cfg: TrainConfig,  # `lr`, `batch_size` and `max_steps` are not None
     on_log=None,  # Called with each line of the log, a dict
     folder: str | Path | None = None,  # Where checkpoints go, and from where training goes on
 ) -> TrainResult:
@@ -111,9 +111,13 @@ def train_by_trl(
     checkpoint = newest_checkpoint(folder) if folder else None
     if folder:
         claim_folder(folder, checkpoint, cfg, splits.train)
-    rows_at_once = max(1, cfg.batch_size // cfg.nproc)
+    rows_at_once = max(1, setting(cfg, "batch_size") // cfg.nproc)
     runner = step_runner(model, rows_at_once, tokenizer.pad_token_id or 0, is_fused)
-    with tempfile.TemporaryDirectory() as temporary, quiet(), tracked(cfg.report_to, folder):
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        quiet(),
+        tracked(cfg.report_to, folder, cfg.wandb_project),
+    ):
         training_log = TrainingLog(cfg, splits, folder, on_log, logged_lines(checkpoint))
         trainer = build_trainer(
             model, tokenizer, cfg, runner, training_log, folder, folder or temporary
@@ -137,7 +141,7 @@ def train(
     model,  # As from `load_model`, cut or whole
     tokenizer,  # Its tokenizer
     dataset: list[dict] | dict[str, list[dict]],  # Rows, or "train" and "validation"
-    cfg: TrainConfig = TrainConfig(),
+    cfg: TrainConfig = TrainConfig(),  # What is None, the rules say
     on_log=None,  # Called with each line of the log, a dict
     folder: str | Path | None = None,  # Where checkpoints go; a tracker's files go beside it
 ) -> TrainResult:
@@ -148,6 +152,7 @@ def train(
     that the model cannot take, `OutOfMemoryError` where not even one row fits, and
     `CheckpointError` where a checkpoint cannot be written.
     """
+    cfg = filled(cfg, model, split_dataset(dataset).train)
     if cfg.nproc > 1 and "LOCAL_RANK" not in os.environ:
         return train_in_processes(model, tokenizer, dataset, cfg, on_log, folder)
     trainer = methods[cfg.method].train or train_by_trl
@@ -181,6 +186,7 @@ def accept_cpu_zero():
 # %% ../nbs/45_trainer.ipynb #45a00013
 def load_job_model(
     job: Path,  # Folder as `write_job` wrote it
+    attn: str | None = None,  # As `TrainConfig.attn`
 ):  # Model and tokenizer
     "The model of a job, on this process's device."
     from finetune_kit.model import load_model, model_config
@@ -189,9 +195,8 @@ def load_job_model(
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     folder = job / "model"
-    return load_model(
-        folder, backend="transformers", device=device, dtype=model_config(folder).dtype
-    )
+    dtype = model_config(folder).dtype
+    return load_model(folder, backend="transformers", device=device, dtype=dtype, attn=attn)
 
 
 def work_on(
@@ -208,7 +213,7 @@ def work_on(
         task = read_job(job)
         if task.host == socket.gethostname():
             end_with_parent(task.starter)  # those of other nodes end with it by srun
-        model, tokenizer = load_job_model(job)
+        model, tokenizer = load_job_model(job, task.cfg.attn)
         listener = on_log if is_first else None
         splits = task.splits._asdict()
         result = train(model, tokenizer, splits, task.cfg, listener, task.folder)

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PREPARE', 'TRAIN', 'methods', 'TRACKERS', 'check_arguments', 'Method', 'Methods', 'check_tracker', 'TrainConfig',
-           'target_names', 'lora', 'qlora', 'full', 'TrainResult']
+           'target_names', 'lora', 'qlora', 'full', 'width_of', 'derive_training', 'with_values', 'filled', 'setting',
+           'computes_in', 'trains_mixed', 'weights_dtype', 'TrainResult']
 
 # %% ../nbs/40_training.ipynb #c2a98c91
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -17,13 +18,22 @@ import pandas as pd
 from pydantic import Field
 
 from finetune_kit.core import (
+    EmptyDatasetError,
     IncompatibleConfigError,
     InvalidConfigError,
     MissingConfigError,
     Registry,
     choices,
+    detect_device,
 )
 from .model import is_quantized
+from finetune_kit.rules import (
+    Derived,
+    derive_batch_size,
+    derive_dtype,
+    derive_lr,
+    derive_steps,
+)
 from .settings import StrictConfig
 
 # %% ../nbs/40_training.ipynb #40a00001
@@ -114,25 +124,29 @@ class TrainConfig(StrictConfig):
     # LoRA: in which layers, from 0 in the model that is trained (after a cut); None: all
     lora_layers: int | str | list[int] | None = None
 
-    # Peak learning rate
-    lr: Annotated[float, Field(gt=0, lt=1)] = 2e-3
+    # Peak learning rate; None: by method and width
+    lr: Annotated[float, Field(gt=0, lt=1)] | None = None
+    # What turns gradients into steps; those of 8 bits are bitsandbytes'
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"] = "adamw"
     # How the learning rate falls after the warm-up
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     # Steps in which the learning rate rises to its peak
     warmup_steps: Annotated[int, Field(ge=0)] = 10
-    # AdamW's weight decay
+    # The optimizer's weight decay
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     # Largest norm of the gradient; a larger one is scaled down to it
     clip: Annotated[float, Field(gt=0)] = 1.0
 
-    # Rows that go through the model at once, over all processes
-    batch_size: Annotated[int, Field(ge=1)] = 16
+    # Rows that go through the model at once, over all processes; None: by the rows' length
+    batch_size: Annotated[int, Field(ge=1)] | None = None
     # Batches of `batch_size` rows before each optimizer step
     accumulate: Annotated[int, Field(ge=1)] = 1
-    # Optimizer steps
-    max_steps: Annotated[int, Field(ge=1)] = 200
-    # Longest row, in tokens
-    max_length: Annotated[int, Field(ge=8)] = 512
+    # Optimizer steps; None: from `epochs`, or 200 and no more than three epochs
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    # Instead of `max_steps`: how often each row is seen, fractions too
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    # Longest row, in tokens; None: the data's longest, as far as the context goes
+    max_length: Annotated[int, Field(ge=8)] | None = None
 
     # Steps between validations; 0: only at the end
     eval_every: Annotated[int, Field(ge=0)] = 50
@@ -141,6 +155,11 @@ class TrainConfig(StrictConfig):
     # Steps between checkpoints; 0: none
     save_every: Annotated[int, Field(ge=0)] = 50
 
+    # Numbers to compute in; with method "full" the weights are fp32 all the same
+    # (None: fp32 on a CPU, bf16 on a GPU that has it, else fp16)
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    # How attention is computed, by transformers' names; None: as transformers chooses
+    attn: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] | None = None
     # Compute activations again in the backward pass: less memory, slower
     checkpointing: bool = False
     # Processes (one a GPU) that share each step's rows; in a Slurm job, over all its nodes
@@ -149,11 +168,18 @@ class TrainConfig(StrictConfig):
     seed: Annotated[int, Field(ge=0)] = 0
     # A tracker besides metrics.jsonl: "wandb", "trackio", "tensorboard"
     report_to: str = "none"
+    # The tracker's project; None: as its own variable says, else "finetune_kit"
+    wandb_project: str | None = None
 
     def model_post_init(self, _):
         methods[self.method]
         check_tracker(self.report_to)
-        if self.batch_size % self.nproc:
+        if self.epochs is not None and self.max_steps is not None:
+            raise IncompatibleConfigError(
+                f"epochs={self.epochs:g} with max_steps={self.max_steps}: give one, how often each "
+                "row is seen or how many steps are made"
+            )
+        if self.batch_size and self.batch_size % self.nproc:
             raise InvalidConfigError(
                 f"batch_size={self.batch_size} cannot be shared by nproc={self.nproc} processes; "
                 f"give a multiple of {self.nproc}"
@@ -205,16 +231,118 @@ def qlora(model, cfg: "TrainConfig"):
 # %% ../nbs/40_training.ipynb #1c4412fb
 @methods("full")
 def full(model, cfg: "TrainConfig"):
-    "Every parameter. `IncompatibleConfigError` for quantised weights."
+    "Every parameter, in fp32. `IncompatibleConfigError` for quantised weights."
     import torch
 
     if is_quantized(model):
         raise IncompatibleConfigError(
             "method='full' cannot train quantised weights; set quant=None, or method='qlora'"
         )
-    if model.dtype == torch.float16:
-        model.float()  # small gradients vanish in fp16, and torch refuses to scale them there
+    if model.dtype != torch.float32:
+        model.float()  # a small step on a weight of 16 bits is rounded away
     return model.requires_grad_(True)
+
+# %% ../nbs/40_training.ipynb #fc55d3e2
+def width_of(
+    config,  # transformers' `PretrainedConfig`
+) -> int:
+    "A model's hidden size. `InvalidConfigError` where its configuration does not say it."
+    width = getattr(config.get_text_config(), "hidden_size", None)
+    if not isinstance(width, int):
+        raise InvalidConfigError(
+            f"{config.model_type} does not say its hidden_size, from which lr follows; set lr"
+        )
+    return width
+
+
+def derive_training(
+    cfg: "TrainConfig",
+    config,  # The model's, transformers' `PretrainedConfig`
+    row_lengths: Sequence[int],  # Of the training rows (or many of them), in tokens
+    n_rows: int,  # How many training rows there are
+    most_steps: int = 200,  # Where neither steps nor epochs are given
+) -> dict[str, Derived]:  # Of what is None among `lr`, `batch_size`, `max_steps`
+    "What the rules say of a training. Raises as they do."
+    derived = {}
+    if cfg.lr is None:
+        derived["lr"] = derive_lr(cfg.method, width_of(config), cfg.optimizer)
+    rows = cfg.batch_size
+    if rows is None:
+        derived["batch_size"] = derive_batch_size(row_lengths, cfg.nproc)
+        rows = derived["batch_size"].value
+    if cfg.max_steps is None:
+        per_step = rows * cfg.accumulate
+        derived["max_steps"] = derive_steps(cfg.epochs, n_rows, per_step, most_steps)
+    return derived
+
+
+def with_values(
+    cfg: "TrainConfig",
+    derived: dict[str, Derived],
+) -> Any:  # Of the same class
+    "A config in which the derived values are set; `epochs` has become `max_steps`."
+    values = {name: value for name, (value, _) in derived.items()}
+    if "max_steps" in values:
+        values["epochs"] = None
+    return type(cfg)(**(cfg.model_dump() | values))
+
+# %% ../nbs/40_training.ipynb #506a10b3
+def filled(
+    cfg: "TrainConfig",
+    model,  # The one to be trained
+    rows: list[dict],  # Encoded training rows, at least one
+) -> Any:  # A config of the same class, of which a training needs to know no more
+    "`cfg` with the rules' values for what is None. `EmptyDatasetError` without rows."
+    if None not in (cfg.lr, cfg.batch_size, cfg.max_steps):
+        return cfg
+    if not rows:
+        raise EmptyDatasetError("no row to train on")
+    lengths = [len(row["input_ids"]) for row in rows]
+    return with_values(cfg, derive_training(cfg, model.config, lengths, len(rows)))
+
+
+def setting(
+    cfg: "TrainConfig",
+    name: str,  # "max_steps"
+) -> Any:
+    "A setting's value. `InvalidConfigError` where it is None, and no rule was asked."
+    value = getattr(cfg, name)
+    if value is None:
+        raise InvalidConfigError(f"{name} is None; set it, or ask filled(cfg, model, rows)")
+    return value
+
+# %% ../nbs/40_training.ipynb #34b67a32
+def computes_in(
+    cfg: "TrainConfig",
+    device: str | None = None,  # "cuda", "mps" or "cpu"; None: the one that models are loaded on
+) -> Derived:  # "float32", "bfloat16" or "float16"
+    "The numbers that a training computes in."
+    if cfg.dtype is not None:
+        return Derived(cfg.dtype, "set by hand")
+    device = device or detect_device()
+    has_bf16 = False
+    if device == "cuda":
+        import torch
+
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return derive_dtype(cfg.method, device, has_bf16)
+
+
+def trains_mixed(
+    cfg: "TrainConfig",
+    device: str,  # "cuda", "mps" or "cpu"
+) -> bool:
+    "Whether fp32 weights learn by products in bf16."
+    return cfg.method == "full" and computes_in(cfg, device).value == "bfloat16"
+
+
+def weights_dtype(
+    cfg: "TrainConfig",
+) -> Any:  # torch dtype, for `load_model`
+    "What the weights are loaded in: fp32 where all of them learn, else what is computed in."
+    import torch
+
+    return torch.float32 if cfg.method == "full" else getattr(torch, computes_in(cfg).value)
 
 # %% ../nbs/40_training.ipynb #36bc2dbb
 @dataclass
