@@ -17,6 +17,7 @@ from .core import resolve_path
 from .data import prepare_dataset
 from .logs import quiet
 from .model import load_tokenizer
+from .rendering import chat_template
 from .rows import resolve_source
 
 # %% ../nbs/47_lengths.ipynb #ff679131
@@ -104,12 +105,15 @@ def data_lengths(
     "How long the rows are that a run will read. Raises as `prepare_dataset` and `encode_rows`."
     reading = reading_of(cfg)
     template, loss_on = getattr(cfg, "template", None), getattr(cfg, "loss_on", "answers")
+    enable_thinking = getattr(cfg, "enable_thinking", None)
     tokenizer_files = sorted(resolve_path(model).glob("*token*")) + sorted(
         resolve_path(model).glob("*.jinja")
     )
     files = [_state(Path(file)) for file in (*resolve_source(cfg.data).files, *tokenizer_files)]
-    key = json.dumps([reading, str(model), template, loss_on, files], default=str)
+    asked = [reading, str(model), template, enable_thinking, loss_on, files]
+    key = json.dumps(asked, default=str)
     if key not in _known:
         tokenizer = load_tokenizer(model)
-        _known[key] = measure_lengths(tokenizer, prepare_dataset(**reading), template, loss_on)
+        source = chat_template(tokenizer, template, enable_thinking)
+        _known[key] = measure_lengths(tokenizer, prepare_dataset(**reading), source, loss_on)
     return _known[key]
