@@ -64,7 +64,7 @@ def test_the_configuration_is_complete():
 
 def test_llms_txt_is_the_sidebar():
     assert (ROOT / "nbs/llms.txt").read_text() == llms_txt(), "python tests/docs.py writes it"
-    assert url_of("00_core.ipynb").endswith("/core.html")
+    assert url_of("000_core.ipynb").endswith("/core.html")
     assert url_of("guide/sweep.md").endswith("/guide/sweep.html")
 
 
