@@ -106,9 +106,12 @@ def flat_values(
         flat[dial] = value
 
     for name, value in values.items():
-        is_dial = name in fields and _takes(fields[name].annotation, dict)
-        if name not in SECTIONS or not isinstance(value, dict) or is_dial:
+        if name not in SECTIONS or not isinstance(value, dict):
             add(name, value, name)
+            continue
+        is_dial = name in fields and _takes(fields[name].annotation, dict)
+        if is_dial and not SECTIONS[name].keys() & value.keys():
+            add(name, value, name)  # {"train": ..., "test": ...} and not {"path": ...}
             continue
         for word, inner in value.items():
             add(_dial_of(name, word, fields), inner, f"{name}.{word}")

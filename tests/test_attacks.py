@@ -31,7 +31,7 @@ def runs(tmp_path, monkeypatch):
 
 
 def finished_run(**dials):
-    cfg = RunConfig(**dials)
+    cfg = RunConfig(**dials).resolved()
     run = start_run("train", cfg, cfg.check(), record=False)
     (run.folder / "items.jsonl").write_text('{"state": "base", "nll": 1.0}\n')
     (run.folder / "report.html").write_text("the report")
@@ -49,7 +49,7 @@ def test_killed_again_keeps_the_record(runs):
         "import os, signal\n"
         "from finetune_kit.dials import RunConfig\n"
         "from finetune_kit.record import start_run\n"
-        "cfg = RunConfig()\n"
+        "cfg = RunConfig().resolved()\n"
         "start_run('train', cfg, cfg.check(), record=False)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -59,7 +59,8 @@ def test_killed_again_keeps_the_record(runs):
     after = {file.name: file.read_bytes() for file in run.folder.iterdir() if file.is_file()}
     assert after == before
     assert [found.id for found in chosen_runs("all")] == [run.id]
-    again = start_run("train", RunConfig(), RunConfig().check(), record=False)
+    cfg = RunConfig().resolved()
+    again = start_run("train", cfg, cfg.check(), record=False)
     again.finish(dict(base=dict(nll=2.0)))
     assert load_run(run.id).info["metrics"] == dict(base=dict(nll=2.0))
     assert not (run.folder / "items.jsonl").exists()

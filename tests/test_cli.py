@@ -61,11 +61,12 @@ def test_help_has_an_example(name):
 def test_what_yields_data_yields_json():
     talk = {"chat", "serve", "demo"}
     always_json = {"upload"}
+    only_a_path = {"get"}
     without = set()
     for name, command in COMMANDS.items():
         if not any("--json" in option.opts for option in command.params):
             without.add(name)
-    assert without == talk | always_json
+    assert without == talk | always_json | only_a_path
 
 
 @pytest.fixture
@@ -131,7 +132,7 @@ def test_benchmark_sets_base_and_tuned_side_by_side(registry, monkeypatch):
     monkeypatch.setattr(cli_runs, "execute", execute)
     options = ("--data", "my.jsonl", "--prompts", 4, "-p", "items=8")
     text = called("benchmark", "train-drop7", *options).stdout
-    notebook, dials, _ = executions[0]
+    notebook, dials, *_ = executions[0]
     assert notebook == "nbs/evaluate.ipynb"
     assert dials == ["runs=train-drop7", "data=my.jsonl", "speed=4", "items=8"]
     for part in (

@@ -133,7 +133,7 @@ def command_fault(words):
 def option_names(command):
     names = {"--help"}
     for parameter in command.params:
-        names.update(parameter.opts)
+        names.update(parameter.opts, parameter.secondary_opts)
     return names
 
 

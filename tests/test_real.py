@@ -23,7 +23,7 @@ def test_reference_perplexities_of_stories260K(real):
     fp32; the first 200 stories, each alone with its BOS, cut at 512 ids; mean over 79,210 tokens.
     """
     model, tokenizer = load_model(real / "stories260K", backend="transformers", dtype=torch.float32)
-    rows = load_rows(real / "tinystories_clean.json")[:200]
+    rows = [row | dict(open_end=True) for row in load_rows(real / "tinystories_clean.json")[:200]]
     table = drop_one(model, batches(encode_rows(rows, tokenizer, max_length=512), 8))
     assert set(table.n_tokens) == {79210}
     assert table.attrs["baseline"] == pytest.approx(1.4766105, abs=2e-6)
