@@ -38,7 +38,7 @@ ToolOption = Annotated[
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="Folder or hub id")],
+    model: Annotated[str, typer.Argument(help="Folder, GGUF file or hub id")],
     drop: DropOption = None,
     prune_after: PruneOption = None,
     to: ToolOption = None,

@@ -78,7 +78,7 @@ MathVariant = Literal["math", "reasoning", "assistant"]
 class RunConfig(TrainConfig):
     "Everything that decides about a run's result."
 
-    model: str = "data/tiny-base"  # Folder or hub id of the base
+    model: str = "data/tiny-base"  # Folder, GGUF file or hub id of the base
     # File, folder, several of them, hub id, or splits by name: {"train": …, "test": …}
     data: str | list[str] | dict[str, str | list[str]] = "data/domains"
     # The validation split, where data has none: a share, a count of rows, or a file
@@ -306,7 +306,7 @@ def _names_in(text: str) -> list[str]:
 class StudyConfig(StrictConfig):
     "Everything that decides about a layer study's result."
 
-    model: str = "data/tiny-base"  # Folder or hub id
+    model: str = "data/tiny-base"  # Folder, GGUF file or hub id
     # First calibration set: its held-out rows (where it has no splits, any), loss on the answers
     data: str | list[str] | dict[str, str | list[str]] = "data/domains"
     # Second calibration set; None: the same rows, loss on the words of questions and answers
