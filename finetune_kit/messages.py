@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'NOT_TEXT', 'REASONING', 'clean', 'is_scored', 'tool_calls', 'tool_list', 'check_marks', 'unused_keys',
-           'shape_row', 'check_rivals', 'to_row', 'spoken_text']
+           'check_parts_used', 'shape_row', 'check_rivals', 'to_row', 'spoken_text']
 
 # %% ../nbs/125_messages.ipynb #f12a84e1
 import ast
+import json
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from .core import choices
@@ -45,6 +46,9 @@ def clean(
 
 # %% ../nbs/125_messages.ipynb #46b8c573
 def _part_text(part: Any, label: str) -> str:
+    if isinstance(part, dict) and "type" not in part and not part.keys() <= {"text", "value"}:
+        others = ", ".join(map(str, part.keys() - {"text", "value"}))
+        raise ValueError(f"{label} is several texts, told apart by {others[:40]}; map one of them")
     if isinstance(part, dict) and part.get("type", "text") == "text":
         text = part.get("text", part.get("value"))
         if isinstance(text, str):
@@ -98,9 +102,14 @@ ROLES = dict(  # Name in a file → role
 
 
 def _first_given(turn: dict, *keys: str) -> Any:
-    "The first value that is not None, of those under `keys`."
-    values = [turn[key] for key in keys if turn.get(key) is not None]
-    return values[0] if values else None
+    """The value under one of `keys`; an empty one only where none is filled.
+
+    `ValueError` for two that say different things."""
+    values = {key: turn[key] for key in keys if turn.get(key) is not None}
+    filled = {key: value for key, value in values.items() if value not in ("", [], {})}
+    if len({repr(value) for value in filled.values()}) > 1:
+        raise ValueError(f"{' and '.join(filled)} say different things")
+    return next(iter((filled or values).values()), None)
 
 
 _WEIGHTS = ("weight", "loss_weight", "train", "trainable", "training", "loss", "learn")
@@ -136,7 +145,7 @@ def _call(value: Any, label: str) -> dict:
     function = value.get("function", value) if isinstance(value, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f"{label} has a call without a function's name")
-    arguments = _first_given(function, "arguments", "parameters", "args")
+    arguments = _first_given(function, "arguments", "parameters", "args", "input", "kwargs")
     arguments = _parsed({} if arguments in (None, "") else arguments, f"{label}'s arguments")
     if not isinstance(arguments, dict):
         raise ValueError(f"{label}'s arguments are {type(arguments).__name__}, not an object")
@@ -171,7 +180,7 @@ _TURN_KEYS = {
     *("role", "from", "content", "value", "user", "assistant", "system"),
     *("tool_calls", "function_call", "tool_call_id", *_WEIGHTS, *REASONING, *_REFUSED),
 }
-_MARKER = re.compile(r"<(image|audio|video)>(?!.*</\1>)", re.DOTALL)
+_MARKER = re.compile(r"<\|?(image|audio|video)[ _]?\d*\|?>(?!.*</\1>)", re.DOTALL)
 
 
 def _check_turn(turn: dict) -> None:
@@ -202,10 +211,7 @@ def _message(role: str, value: Any, turn: dict) -> dict:
     extras = _extras(role, turn)
     if "tool_calls" in extras and value in (None, "", []):
         return dict(role=role, content="") | extras
-    text = _text(value, f"the {role}'s content")
-    if role == "tool" or not (marker := _MARKER.search(text)) or role == "assistant":
-        return dict(role=role, content=text) | extras
-    raise ValueError(f"{marker[0]} in the {role}'s turn stands for what is no text")
+    return dict(role=role, content=_text(value, f"the {role}'s content")) | extras
 
 # %% ../nbs/125_messages.ipynb #8de2d9d4
 def _messages_of_turn(turn: Any) -> list[dict]:
@@ -351,6 +357,8 @@ def _last_exchange(raw: dict, fields: Fields, counts_from: int) -> list[dict]:
     in_question = value_at(raw, question) if isinstance(question, str) else None
     in_answer = value_at(raw, answer) if isinstance(answer, str) else None
     prompt_turns, answer_turns = _turns_in(in_question), _turns_in(in_answer)
+    if (prompt_turns or answer_turns) and "answer" not in fields:
+        raise ValueError(f"{question} holds turns, which cannot be asked with choices")
     if (
         answer_turns
         and not prompt_turns
@@ -447,6 +455,12 @@ def _check_conversation(messages: list[dict]) -> None:
         raise ValueError(f"the first turn is the {roles[0]}'s; there is no question")
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"the last turn is the {messages[-1]['role']}'s, not the assistant's")
+    for message in messages:
+        marker = _MARKER.search(message["content"])
+        if marker and message["role"] in ("system", "user"):
+            raise ValueError(
+                f"{marker[0]} in the {message['role']}'s turn stands for what is no text"
+            )
     answers = [m for m in messages if m["role"] == "assistant"]
     if all(m.get("weight") == 0 for m in answers):
         raise ValueError("every assistant's turn has weight 0: nothing to learn")
@@ -496,6 +510,54 @@ def _all_messages(raw: dict, fields: Fields, counts_from: int) -> list[dict]:
         + _last_exchange(raw, fields, counts_from)
     )
 
+# %% ../nbs/125_messages.ipynb #202745e0
+_NOT_SPOKEN = {"domain", "tools", "choices", "label", "messages"}
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    "The texts in a value."
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _leaves(part)
+    elif value is not None and value == value:  # no NaN
+        yield clean(str(value)).strip()
+
+
+def _said(row: dict) -> str:
+    "All that a row says, its thoughts and calls too."
+    if "text" in row:
+        return row["text"]
+    spoken = [f"{m['content']}\n{m.get('reasoning_content', '')}" for m in row["messages"]]
+    calls = [m["tool_calls"] for m in row["messages"] if "tool_calls" in m]
+    return "\n".join([*spoken, json.dumps(calls, ensure_ascii=False, default=str)])
+
+
+def check_parts_used(
+    raw: dict,  # A row as it was read
+    fields: Fields,  # Its parts
+    row: dict,  # What came of it
+) -> None:
+    "`ValueError` for a part of which nothing is in the row."
+    said = _said(row)
+    lines = [line.strip() for line in spoken_text(row).split("\n")]
+    not_spoken = _NOT_SPOKEN | ({"answer"} if "tools" in fields else set())  # calls, as JSON
+    for part, names in fields.items():
+        if part in not_spoken:
+            continue
+        for name in (names,) if isinstance(names, str) else names:
+            value = value_at(raw, name)
+            if not isinstance(value, str | int | float | list) or isinstance(value, bool):
+                continue
+            lost = [leaf for leaf in _leaves(value) if leaf not in said]
+            if not lost or _turns_in(value) or all(line in lost[0] for line in lines):
+                continue
+            raise ValueError(
+                f"{name!r} was read as the {part}, and nothing is made of it here; map it, "
+                f"or mapping={{'ignore': [{name!r}]}} knowingly leaves it aside"
+            )
+
 # %% ../nbs/125_messages.ipynb #d9dfcd83
 def shape_row(
     raw: Any,  # A row as it was read: a dictionary, a text, turns, or the error of its loader
@@ -525,10 +587,14 @@ def shape_row(
         _check_alone(raw, fields)
         if tools:
             raise ValueError("it has 'tools', and no conversation that could call them")
-        return dict(text=_field_text(raw, fields["text"], "text")) | _labels(raw, fields)
+        text_row = dict(text=_field_text(raw, fields["text"], "text"))
+        check_parts_used(raw, fields, text_row)
+        return text_row | _labels(raw, fields)
     messages = _all_messages(raw, fields, counts_from)
     _check_conversation(messages)
-    row = dict(messages=messages) | _labels(raw, fields)
+    row: dict[str, Any] = dict(messages=messages)
+    check_parts_used(raw, fields, row)
+    row |= _labels(raw, fields)
     return row | (dict(tools=tool_list(tools)) if tools else {})
 
 # %% ../nbs/125_messages.ipynb #c95b6d51

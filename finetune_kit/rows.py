@@ -8,8 +8,10 @@ __all__ = ['Source', 'Rows', 'source_files', 'is_hub_id', 'DataSource', 'resolve
 
 # %% ../nbs/130_rows.ipynb #a27f5447
 import json
+import lzma
 import os
 import re
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -273,7 +275,7 @@ def _file_lines(path: Path) -> Lines:
         yield from loaders[file_suffix(path)](path)
     except DatasetLoadError:
         raise
-    except (OSError, UnicodeError) as error:
+    except (OSError, UnicodeError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DatasetLoadError(f"{path}: {error}") from error
 
 # %% ../nbs/130_rows.ipynb #b74e591a
