@@ -11,6 +11,7 @@ __all__ = ['NOT_SCORED', 'ROLES', 'ROW_CHECKS', 'CHAT_CHECKS', 'span_labels', 'T
 
 # %% ../nbs/150_chat.ipynb #50e68421
 import bisect
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -448,8 +449,9 @@ def no_answer(example: Example) -> Fault | None:
 
 # %% ../nbs/150_chat.ipynb #3a42ae73
 def spells_special_token(example: Example) -> Fault | None:
-    "The text of a message is read as a special token."
-    for message in example.messages:
+    "The text of a message, or of a tool, is read as a special token."
+    tools = json.dumps(example.row.get("tools") or [], ensure_ascii=False, default=str)
+    for message in (*example.messages, dict(role="tools", content=tools)):
         for key in ("content", "reasoning_content"):
             ids = example.tokenize(message.get(key) or "")
             special = [token for token in ids if token in example.special_ids]
@@ -631,6 +633,16 @@ def _count_scored(labels: list[int]) -> int:
     return len(predicted) - predicted.count(NOT_SCORED)
 
 # %% ../nbs/150_chat.ipynb #ea268cc6
+def _check_chunk(encoded, tokenizer, template, loss_on):
+    for example in examples(encoded, tokenizer, template, loss_on):
+        fault = find_fault(example)
+        if fault:
+            source = example.row.get("source", example.encoded["id"])
+            raise MaskError(
+                f"row {source}: {fault.problem}.\n{_as_text(example)[:600]}\nRemedy: {fault.remedy}"
+            )
+
+
 def check_masks(
     encoded: list[dict],  # As from `encode_rows`
     tokenizer,
@@ -646,15 +658,20 @@ def check_masks(
     check_loss_on(loss_on)
     if not encoded:
         raise EmptyDatasetError("no rows to check; encode_rows says why rows are left out")
+    for row in encoded:
+        if len(row["labels"]) != len(row["input_ids"]):
+            raise MaskError(
+                f"row {row['id']}: {len(row['input_ids'])} tokens and {len(row['labels'])} labels; "
+                "give a label for each token, -100 where it is not scored"
+            )
     for start in range(0, len(encoded), chunk):
-        for example in examples(encoded[start : start + chunk], tokenizer, template, loss_on):
-            fault = find_fault(example)
-            if fault:
-                source = example.row.get("source", example.encoded["id"])
-                raise MaskError(
-                    f"row {source}: {fault.problem}.\n{_as_text(example)[:600]}\n"
-                    f"Remedy: {fault.remedy}"
-                )
+        try:
+            _check_chunk(encoded[start : start + chunk], tokenizer, template, loss_on)
+        except jinja2.TemplateError as error:
+            raise MaskError(
+                f"one of the rows {start} to {start + chunk} has a prompt that the chat template "
+                f"refuses: {error}. Remedy: loss_on='answers', which leaves such rows out"
+            ) from None
     return dict(
         rows=len(encoded),
         tokens=sum(len(row["input_ids"]) for row in encoded),

@@ -278,7 +278,7 @@ def corpus_bleu(predictions: list[str], references: list[str]) -> dict[str, floa
     "BLEU of all sentences together, in [0, 1] (Papineni et al. 2002), by sacrebleu."
     tokenizer = bleu_tokenizer("".join(references))
     score = _bleu(tokenizer, False).corpus_score(predictions, [references])
-    return dict(corpus_bleu=score.score / 100)
+    return dict(corpus_bleu=min(1.0, score.score / 100))
 
 
 @metric("bleu", overall=corpus_bleu)
@@ -287,7 +287,8 @@ def bleu(prediction, reference):
     if not prediction.strip() or not reference.strip():
         return prediction.strip() == reference.strip()
     tokenizer = bleu_tokenizer(reference)
-    return _bleu(tokenizer, True).sentence_score(prediction, [reference]).score / 100
+    score = _bleu(tokenizer, True).sentence_score(prediction, [reference])
+    return min(1.0, score.score / 100)  # sacrebleu's rounding ends a hair above 100
 
 # %% ../nbs/330_metrics.ipynb #9a2bf0f4
 def has_number(

@@ -393,6 +393,7 @@ def special_pattern(tokenizer) -> re.Pattern:
 def spelled_token(
     messages: list[dict],  # Of a row
     pattern: re.Pattern,  # As from `special_pattern`
+    tools: list[dict] | None = None,  # Of the row
 ) -> str:  # "the user's message spells the special token '<|end|>'"; empty where none does
     "What a message says that the tokenizer would read as a special token."
     for message in messages:
@@ -403,7 +404,8 @@ def spelled_token(
             found = pattern.search(text)
             if found:
                 return f"the {message['role']}'s message spells the special token {found[0]!r}"
-    return ""
+    found = pattern.search(json.dumps(tools or [], ensure_ascii=False, default=str))
+    return f"the description of a tool spells the special token {found[0]!r}" if found else ""
 
 # %% ../nbs/145_rendering.ipynb #6d32d160
 class MarkedText(NamedTuple):
@@ -505,7 +507,7 @@ def _mark_last(answer: Answer, prompt: str, text: str, end: str | None) -> Marke
 # %% ../nbs/145_rendering.ipynb #f67319db
 def row_problem(row: dict, tokenizer, template, pattern: re.Pattern) -> str:  # Empty: none
     "Why a row cannot be rendered as it is."
-    spelled = spelled_token(row["messages"], pattern)
+    spelled = spelled_token(row["messages"], pattern, row.get("tools"))
     if spelled:
         return spelled
     has_tools = row.get("tools") or any(

@@ -33,7 +33,7 @@ def conversation_text(
         raise InvalidConfigError(
             "there is no message to answer; give a list that ends with the user's turn"
         )
-    spelled = spelled_token(messages, special_pattern(tokenizer))
+    spelled = spelled_token(messages, special_pattern(tokenizer), tools)
     if spelled:
         raise InvalidConfigError(f"{spelled}; take it out")
     if domain:
