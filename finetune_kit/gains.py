@@ -266,8 +266,9 @@ def gains_record(
     """
     What stands in a run's metrics.
 
-    `weights_mib`, `weights_mib_ratio`, `peak_mib`, …; and for each `what` of `gains_table` and load
-    `what_1x64` (of the cut model) and `what_1x64_ratio` (cut over whole).
+    `weights_mib`, `weights_mib_ratio`, `peak_mib`, …; for each `what` of `gains_table` and load
+    `what_1x64` (of the cut model) and `what_1x64_ratio` (cut over whole); and `decode_ratio`, that
+    of one prompt.
     """
     whole, cut = times.attrs["memory"]["whole"], times.attrs["memory"]["cut"]
     record: dict[str, float] = {}
@@ -276,4 +277,6 @@ def gains_record(
     for line in gains_table(times).itertuples():
         name = f"{line.what}_{line.batch_size}x{line.length}"
         record |= {name: float(line.cut), f"{name}_ratio": float(line.cut_over_whole)}
+        if line.what == "decode_tokens_per_s":
+            record.setdefault("decode_ratio", float(line.cut_over_whole))
     return record
