@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['joint_verdict', 'over_seeds', 'seeds_shown']
 
-# %% ../nbs/622_seeds.ipynb #274173f5
+# %% ../nbs/622_seeds.ipynb #9ecbc2c1
 import pandas as pd
 
 from .core import InvalidConfigError
 
-# %% ../nbs/622_seeds.ipynb #dd48cb1b
+# %% ../nbs/622_seeds.ipynb #67bb71f1
 def joint_verdict(
     verdicts: pd.Series,  # Of runs that differ in the seed only; None: not finished
 ) -> str:  # "healed"; "seeds disagree: healed, too few items"; "" where there is none
@@ -20,7 +20,7 @@ def joint_verdict(
         return f"seeds disagree: {', '.join(said)}"
     return said[0] if said else ""
 
-# %% ../nbs/622_seeds.ipynb #8d878435
+# %% ../nbs/622_seeds.ipynb #22747800
 def _of_seeds(values: pd.DataFrame, column: str) -> dict[str, float]:
     "One metric of a few seeds."
     told = {column: values[column].mean()}
@@ -59,7 +59,7 @@ def over_seeds(
         rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../nbs/622_seeds.ipynb #4315f0f3
+# %% ../nbs/622_seeds.ipynb #03f1a44d
 def seeds_shown(
     together: pd.DataFrame,  # As from `over_seeds`
     columns: list[str],  # Metrics to show
@@ -69,11 +69,14 @@ def seeds_shown(
     for row in together.to_dict("records"):
         line = []
         for column in columns:
+            if pd.isna(row[column]):
+                line.append("")
+                continue
             lo, hi = row.get(f"{column}_lo"), row.get(f"{column}_hi")
             text = f"{row[column]:.3f}; seeds {row[f'{column}_seeds_lo']:.3f} to "
             text += f"{row[f'{column}_seeds_hi']:.3f}"
             if lo is not None and hi is not None:
                 text += f"; items {lo:.3f} to {hi:.3f}"
-            line.append("" if pd.isna(row[column]) else text)
+            line.append(text)
         lines.append(line)
     return lines
