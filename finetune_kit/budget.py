@@ -227,7 +227,7 @@ def _largest(values: range, fits: Callable) -> int | None:
             high = middle
     return values[low - 1] if low else None
 
-
+# %% ../nbs/435_budget.ipynb #078a1d1c
 def _upgrades(depth: int, most_rows: int, asked: dict) -> list[tuple[str, list]]:
     "What may be added: (dial, its values from little to much), the worthiest first."
     precisions = asked["precisions"]
@@ -242,7 +242,7 @@ def _upgrades(depth: int, most_rows: int, asked: dict) -> list[tuple[str, list]]
         ("blocks", list(range(max(2, depth // 3 + 1), depth))),
     ]
 
-
+# %% ../nbs/435_budget.ipynb #3014c881
 def choose(
     seconds_of: Callable[[Choice], float],
     limit: float,  # Seconds
