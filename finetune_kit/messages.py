@@ -16,7 +16,6 @@ from typing import Any
 
 from .core import choices
 from finetune_kit.fields import (
-    SPLITS,
     FieldMapping,
     Fields,
     check_mapping,
@@ -24,13 +23,13 @@ from finetune_kit.fields import (
     is_message_list,
     is_turn,
     is_usable,
-    split_from_name,
     turns_in,
     value_at,
     without_ignored,
 )
 from .options import read_options, right_option, with_options
 from .read import parse_json
+from .split_names import SPLITS, split_from_name
 
 # %% ../nbs/125_messages.ipynb #03b5aa4f
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ufeff]")
@@ -436,7 +435,7 @@ def unused_keys(
     "The keys of a row and its turns that nothing was made of."
     if not isinstance(raw, dict):
         return []
-    used = _used_names(fields) | {"variant", "split"}
+    used = _used_names(fields) | {"variant", "split", "of_tree"}
     keys = [str(key) for key, value in raw.items() if key not in used and value is not None]
     messages = fields.get("messages")
     turns = turns_in(raw.get(messages)) if isinstance(messages, str) else None

@@ -10,30 +10,44 @@ __all__ = ['loaders', 'Lines', 'file_suffix', 'read_txt', 'parse_json', 'read_js
 import bz2
 import csv
 import gzip
+import io
 import json
 import lzma
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TextIO
 
 from .core import DatasetLoadError, Registry
 from finetune_kit.fields import (
-    SPLITS,
     Fields,
     find_fields,
     is_message_list,
     is_usable,
-    split_from_name,
 )
-from .tables import table_format
+from .split_names import SPLITS, split_from_name
+from .tables import drop_spaces, table_format
 
 # %% ../nbs/120_read.ipynb #d2cfda9a
 loaders = Registry("file format")  # Suffix → loader
 Lines = Iterator[tuple[int | str, Any]]  # A loader's: line, and the value or a ValueError
 
-_UNPACKERS: dict[str, Callable] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+def _open_zst(path: str | Path, mode: str, **text_options) -> Any:
+    "A file packed with Zstandard."
+    import pyarrow
+
+    file = io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
+    return io.TextIOWrapper(file, **text_options) if "t" in mode else file
+
+
+_UNPACKERS: dict[str, Callable] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zst,
+}
 
 
 def file_suffix(
@@ -113,16 +127,40 @@ def _with_split(row: Any, split: str) -> Any:
 
 
 def _rows_of_splits(value: dict) -> list | None:
-    "The rows of an object whose keys are names of splits; None for any other."
+    """The rows of an object whose keys are names of splits; None for any other.
+    `ValueError` where some lists of rows are named so, and others are not.
+    """
     splits = {name: split_from_name(name) for name in value}
-    are_splits = all(split in SPLITS for split in splits.values())
-    if not value or not are_splits or not all(isinstance(rows, list) for rows in value.values()):
+    named = [name for name in value if splits[name] in SPLITS]
+    holders = [name for name in named if isinstance(value[name], (list, dict))]
+    if not holders or len(holders) < len(named):
         return None
-    return [_with_split(row, splits[name]) for name, rows in value.items() for row in rows]
+    others = [name for name in value if name not in named and _is_row_list(value[name])]
+    if others:
+        raise _unknown_lists([*holders, *others])
+    beside = {name: inner for name, inner in value.items() if name not in named}
+    is_clear = not beside or all(_holds_rows(value[name]) for name in holders)
+    if not is_clear or is_usable(find_fields(beside).fields):
+        return None
+    return [_with_split(row, splits[name]) for name in holders for row in _rows_in(value[name])]
+
+
+def _holds_rows(value: Any) -> bool:
+    "Whether a value is a list of rows, or an object around one."
+    inner = list(value.values()) if isinstance(value, dict) else [value]
+    return any(map(_is_row_list, inner))
+
+
+def _unknown_lists(names: list[str]) -> ValueError:
+    shown = ", ".join(map(repr, names[:6]))
+    return ValueError(
+        f"several lists of rows ({shown}), and not all are named {', '.join(SPLITS)}: which are to "
+        "be used? Give each a file of its own, or data={'train': rows, 'test': rows}"
+    )
 
 
 def _rows_in(value: Any) -> list:
-    "The rows in the value of a JSON file."
+    "The rows in the value of a JSON file. `ValueError` where it is not clear which those are."
     if isinstance(value, list):
         return [value] if is_message_list(value) else value
     if not isinstance(value, dict):
@@ -134,11 +172,13 @@ def _rows_in(value: Any) -> list:
     parts = find_fields(value).fields
     if _is_one_row(value, parts):
         return [value]
-    row_lists = [v for v in values if _is_row_list(v)]
-    if row_lists and "answer" not in parts and len(row_lists) in (1, len(values)):
-        return list(chain.from_iterable(row_lists))
-    if len(values) > 1 and _are_columns(values):
+    row_lists = {n: v for n, v in value.items() if _is_row_list(v) and not is_message_list(v)}
+    if len(values) > 1 and _are_columns(values) and (is_usable(parts) or not row_lists):
         return [dict(zip(value, record, strict=True)) for record in zip(*values, strict=True)]
+    if row_lists and "answer" not in parts:
+        if len(row_lists) > 1:
+            raise _unknown_lists(list(row_lists))
+        return next(iter(row_lists.values()))
     if len(values) > 1 and all(isinstance(v, dict) for v in values):
         return values
     lists = [v for v in values if isinstance(v, list)]
@@ -170,11 +210,21 @@ def _json_over_lines(path: str | Path) -> list | None:
             return None
     with _open_text(path) as file:
         try:
-            return _rows_in(parse_json(file.read()))
+            value = parse_json(file.read())
         except ValueError:
             return None
+    return _rows_of_file(value, path)
 
 
+def _rows_of_file(value: Any, path: str | Path) -> list:
+    "The rows in the value of a file. `DatasetLoadError` where it is not clear which those are."
+    try:
+        return _rows_in(value)
+    except ValueError as error:
+        raise DatasetLoadError(f"{path}: {error}") from None
+
+
+@loaders(".ndjson")
 @loaders(".jsonl")
 def read_jsonl(
     path: str | Path,  # File with a JSON value a line
@@ -219,7 +269,7 @@ def read_json(
             ) from None
         yield from read_jsonl(path)
     else:
-        yield from enumerate(_rows_in(value), 1)
+        yield from enumerate(_rows_of_file(value, path), 1)
 
 # %% ../nbs/120_read.ipynb #9fc8098c
 def _records(reader, lines_before: int = 0) -> Iterator[tuple[int, Any]]:
@@ -263,9 +313,8 @@ def _read_delimited(path: str | Path, preferred: str) -> Lines:
         file.seek(0)
         for _ in range(form.first_line - 1):
             file.readline()
-        reader = csv.reader(
-            file, delimiter=form.delimiter, strict=True, skipinitialspace=form.skips_spaces
-        )
+        lines = drop_spaces(file, form.delimiter) if form.skips_spaces else file
+        reader = csv.reader(lines, delimiter=form.delimiter, strict=True)
         names: list[str] = []
         for line, record in _records(reader, form.first_line - 1):
             if isinstance(record, ValueError):
