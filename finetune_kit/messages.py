@@ -579,6 +579,8 @@ def shape_row(
         raise ValueError("it has choices, and nothing that says which is right")
     if not is_usable(fields):
         names = ", ".join(map(str, raw)) or "(none)"
+        missing = ", ".join(str(name) for name, value in raw.items() if value is None)
+        names += f" (missing: {missing})" if missing else ""
         raise ValueError(f"no question and answer, messages or text among the fields {names}")
     tools = raw.get(fields.get("tools"))
     asks = "question" in fields or "input" in fields

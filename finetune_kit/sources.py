@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Source', 'FoundFiles', 'find_files', 'is_hub_id', 'DataSource', 'resolve_source', 'split_of_file', 'file_splits',
-           'SourcePart', 'source_parts']
+           'SourcePart', 'files_under', 'source_parts']
 
 # %% ../nbs/122_sources.ipynb #67fb3fdb
 import json
@@ -22,7 +22,7 @@ from .core import ROOT, DatasetLoadError, resolve_path
 from .fields import is_message_list
 from .read import Lines, file_suffix, loaders
 from .split_names import SPLITS, split_from_name
-from .values import plain_value
+from .values import plain_value, without_nulls
 
 # %% ../nbs/122_sources.ipynb #f3054821
 _NO_DATA = re.compile(
@@ -125,8 +125,10 @@ class DataSource:
     hub_name: str = ""  # Kind "hub": "openai/gsm8k", or a folder on this machine
     hub_config: str | None = None  # Kind "hub": "main" of "openai/gsm8k:main"
     rows: Iterable = ()  # Kind "rows": may be gone through more than once
+    is_table: bool = False  # Kind "rows": of a data frame or a data set, whose structs are alike
     named: tuple[tuple[str, "DataSource"], ...] = ()  # Kind "named": (split, its source), …
     notes: tuple[str, ...] = ()  # What a reader should know: files that are not read
+    is_list: bool = False  # Kind "files": each file was named, so that all are meant
 
 
 # What functions take as `source`; a mapping names splits: {"train": …, "test": …}
@@ -166,7 +168,8 @@ def _of_files(source: Any) -> DataSource:
         names = ", ".join(file.name for file in found.unread[:10])
         more = f" and {len(found.unread) - 10:,} more" if len(found.unread) > 10 else ""
         notes = (f"Not read, as no loader knows them: {names}{more}",)
-    return DataSource("files", label, files=found.files, notes=notes)
+    is_list = several and all(resolve_path(part).is_file() for part in source)
+    return DataSource("files", label, files=found.files, notes=notes, is_list=is_list)
 
 
 def resolve_source(
@@ -182,7 +185,7 @@ def resolve_source(
         return DataSource("hub", source, hub_name=name, hub_config=config or None)
     rows = _table_rows(source)
     if rows is not None:
-        return DataSource("rows", "the given table", rows=rows)
+        return DataSource("rows", "the given table", rows=rows, is_table=True)
     if isinstance(source, (list, tuple)) and source and all(map(_is_row, source)):
         return DataSource("rows", "the given list", rows=source)
     return _of_files(source)
@@ -234,6 +237,9 @@ def _file_lines(path: Path) -> Lines:
         raise DatasetLoadError(f"{path}: {error}") from error
 
 # %% ../nbs/122_sources.ipynb #cdab30b3
+_COLUMNAR = (".parquet", ".arrow")
+
+
 class SourcePart(NamedTuple):
     "One file of a source, the hub data set, or the given rows."
 
@@ -242,17 +248,27 @@ class SourcePart(NamedTuple):
     wanted: str | None = None  # The split that a row must name; None: whatever it names
 
 
-def _part(label: str, lines: Iterable[tuple[Any, Any]], wanted: str | None = None) -> SourcePart:
-    "A part whose values are plain; an error in place of one that cannot be."
-    return SourcePart(label, map(_plain_line, lines), wanted)
+def _plain_lines(lines: Iterable[tuple[Any, Any]], in_columns: bool = False) -> Lines:
+    "Lines whose values are plain; an error in place of one that cannot be."
+    for number, value in lines:
+        try:
+            value = plain_value(value)
+        except ValueError as error:
+            value = error
+        yield number, without_nulls(value) if in_columns and isinstance(value, dict) else value
 
 
-def _plain_line(line: tuple[Any, Any]) -> tuple[Any, Any]:
-    number, value = line
-    try:
-        return number, plain_value(value)
-    except ValueError as error:
-        return number, error
+def files_under(
+    name: str,  # A split
+    given: DataSource,  # What stands under that name
+) -> tuple[Path, ...]:  # Its files that are meant
+    "All that are listed; of a folder with files of several splits those of that name."
+    splits = file_splits(given) if given.files and not given.is_list else []
+    if len(splits) < 2:
+        return given.files
+    wanted = {name} if name in splits else {name, *splits} - set(SPLITS)
+    pairs = zip(given.files, splits, strict=True)
+    return tuple(file for file, file_split in pairs if file_split in wanted)
 
 
 def _named_parts(source: DataSource, split: str | None) -> list[SourcePart]:
@@ -261,16 +277,10 @@ def _named_parts(source: DataSource, split: str | None) -> list[SourcePart]:
     for name, given in source.named:
         if split not in (None, name):
             continue
-        files = given.files
-        if given.kind == "files" and len(given.files) > 1:
-            splits = file_splits(given)
-            wanted = {name} if name in splits else {name, *splits} - set(SPLITS)
-            pairs = zip(given.files, splits, strict=True)
-            files = tuple(file for file, file_split in pairs if file_split in wanted)
         if given.kind == "files":
-            if not files:
+            given = replace(given, files=files_under(name, given))
+            if not given.files:
                 continue
-            given = replace(given, files=files)
         hub_split = name if given.kind == "hub" else None
         inner = "train" if given.kind == "hub" and name not in _hub_names(given) else hub_split
         parts += source_parts(given, inner)
@@ -291,9 +301,10 @@ def source_parts(
     if source.kind == "named":
         return _named_parts(source, split)
     if source.kind == "hub":
-        return [_part(source.label, _hub_lines(source, split or "train"))]
+        lines = _plain_lines(_hub_lines(source, split or "train"), in_columns=True)
+        return [SourcePart(source.label, lines)]
     if source.kind == "rows":
-        return [_part("row", enumerate(source.rows, 1))]
+        return [SourcePart("row", _plain_lines(enumerate(source.rows, 1), source.is_table))]
     top = Path(os.path.commonpath([file.parent for file in source.files]))
     splits = file_splits(source)
     # Where no file is one of the split, the rows may name theirs
@@ -302,5 +313,6 @@ def source_parts(
     for file, file_split in zip(source.files, splits, strict=True):
         if split is None or file_split == split or (wanted and file_split not in SPLITS):
             label = file.relative_to(top).as_posix()
-            parts.append(_part(label, _file_lines(file), wanted))
+            lines = _plain_lines(_file_lines(file), file_suffix(file) in _COLUMNAR)
+            parts.append(SourcePart(label, lines, wanted))
     return parts

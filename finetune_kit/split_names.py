@@ -14,11 +14,11 @@ from typing import Any
 # %% ../nbs/112_split_names.ipynb #bdb34812
 SPLITS = ("train", "validation", "test")
 _WORDS = dict(
-    train=("train", "training"),
+    train=("train", "training", "trn"),
     validation=("validation", "validate", "valid", "val", "dev", "devel", "development"),
     test=(
         *("test", "tests", "testing", "eval", "evals", "evaluation", "evaluate"),
-        *("held", "heldout", "holdout", "devtest"),
+        *("tst", "held", "heldout", "holdout", "devtest"),
     ),
 )
 _SPLIT_OF = {word: split for split, words in _WORDS.items() for word in words}

@@ -16,7 +16,7 @@ from .duplicates import near_pairs
 from .fields import FieldMapping
 from .messages import spoken_text
 from .rows import Rows, load_rows
-from .sources import DataSource, Source, file_splits, resolve_source
+from .sources import DataSource, Source, file_splits, files_under, resolve_source
 from .split_names import SPLITS, split_from_name
 
 if TYPE_CHECKING:
@@ -169,7 +169,9 @@ def own_splits(
     `DatasetLoadError` for a hub data set that cannot be looked up.
     """
     if source.kind == "named":
-        return OwnSplits({split: split for split, _ in source.named}, [])
+        used = {file for split, given in source.named for file in files_under(split, given)}
+        unused = [file.name for file in source.files if file not in used]
+        return OwnSplits({split: split for split, _ in source.named}, unused)
     names, others = _hub_splits(source) if source.kind == "hub" else OwnSplits({}, [])
     other_files = []
     splits = file_splits(source) if source.files else []
@@ -180,6 +182,15 @@ def own_splits(
             other_files.append(file.name)
     names = {split: names[split] for split in SPLITS if split in names}
     holds_out = "train" in names and len(names) > 1
+    if other_files and list(names) == ["train"]:
+        named = [
+            file.name for file, split in zip(source.files, splits, strict=True) if split == "train"
+        ]
+        raise DatasetLoadError(
+            f"{named[0]} is named train, {', '.join(other_files[:3])} is not: trained on, or held "
+            f"out? Say data={{'train': [{named[0]!r}, {other_files[0]!r}]}} or "
+            f"data={{'train': {named[0]!r}, 'test': {other_files[0]!r}}}, with all files"
+        )
     if not holds_out:
         return OwnSplits({}, others)  # Its files are all read; of the hub, the training split
     return OwnSplits(names, others + other_files)
