@@ -222,11 +222,16 @@ def _holds_for_most(test: Callable[[Any], bool], values: list) -> bool:
     return sum(map(test, values)) > len(values) / 2
 
 # %% ../nbs/115_fields.ipynb #6caa70be
+_DATE = re.compile(r"\d{4}-\d\d-\d\d([T ][\d:.+Z-]*)?$")  # No question and no answer
+
+
 def _content_kind(values: list) -> str:
     if all(map(_is_turn_list, values)):
         return "turns"
     if not all(isinstance(value, str) for value in values):
         return "/".join(sorted({type(value).__name__ for value in values}))
+    if all(map(_DATE.match, values)):
+        return "dates"
     if _holds_for_most(_is_question, values):
         return "questions"
     return "prose" if _holds_for_most(_is_prose, values) else "words"
@@ -234,7 +239,7 @@ def _content_kind(values: list) -> str:
 
 def column_kinds(
     rows: list[dict],  # Rows as they were read
-) -> dict[str, str]:  # Column → "turns", "questions", "prose", "words" or the type of its values
+) -> dict[str, str]:  # Column → "turns", "dates", "questions", "prose", "words" or a type
     "What each column holds. Empty values are not looked at, nor columns that hold nothing else."
     columns: dict[str, list] = {}
     for row in rows:

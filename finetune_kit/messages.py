@@ -111,6 +111,7 @@ def _first_given(turn: dict, *keys: str) -> Any:
     return next(iter((filled or values).values()), None)
 
 
+_SCORED = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
 _WEIGHTS = ("weight", "loss_weight", "train", "trainable", "training", "loss", "learn")
 
 
@@ -119,13 +120,11 @@ def is_scored(
     names: Collection[str] = _WEIGHTS,
 ) -> bool:  # Whether it is to be learned; true where nothing is said
     "What the marks of a turn say. `ValueError` for a weight between 0 and 1."
-    marks = {name: turn[name] for name in names if turn.get(name) is not None}
+    marks = {name: turn[name] for name in names if turn.get(name) not in (None, "")}
     for name, mark in marks.items():
-        mark = {"true": 1, "false": 0}.get(str(mark).lower(), mark)
-        if mark not in (0, 1):
+        if str(mark).strip().lower() not in _SCORED:
             raise ValueError(f"{name} {mark!r:.40}: 0 (not scored) or 1 can be used")
-        marks[name] = mark
-    return 0 not in marks.values()
+    return all(_SCORED[str(mark).strip().lower()] for mark in marks.values())
 
 # %% ../nbs/125_messages.ipynb #bd1b872a
 def _parsed(value: Any, label: str) -> Any:

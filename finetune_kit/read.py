@@ -114,6 +114,17 @@ def _is_one_row(obj: dict, parts: Fields) -> bool:
     return is_usable(parts) and not holds_rows and not is_table
 
 
+def _by_index(value: dict) -> list | None:
+    "The rows of columns that are dictionaries with the same keys, as pandas' `to_json` writes."
+    columns = list(value.values())
+    if not columns or not all(isinstance(column, dict) and column for column in columns):
+        return None
+    places = list(columns[0])
+    if any(list(column) != places for column in columns):
+        return None
+    return [{name: column[place] for name, column in value.items()} for place in places]
+
+
 def _are_columns(values: list) -> bool:
     "Whether values are lists of one length."
     return all(isinstance(v, list) for v in values) and len({len(v) for v in values}) == 1
@@ -170,6 +181,9 @@ def _rows_in(value: Any) -> list:
         return of_splits
     values = list(value.values())
     parts = find_fields(value).fields
+    by_index = _by_index(value)
+    if by_index and is_usable(parts):
+        return by_index
     if _is_one_row(value, parts):
         return [value]
     row_lists = {n: v for n, v in value.items() if _is_row_list(v) and not is_message_list(v)}
@@ -310,7 +324,7 @@ def _read_delimited(path: str | Path, preferred: str) -> Lines:
     csv.field_size_limit(2**31 - 1)
     with _open_text(path, newline="") as file:
         form = table_format(file.read(65536), preferred, path)
-        file.seek(0)
+    with _open_text(path, newline="") as file:  # Anew: not every packed file can be rewound
         for _ in range(form.first_line - 1):
             file.readline()
         lines = drop_spaces(file, form.delimiter) if form.skips_spaces else file

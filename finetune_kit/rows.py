@@ -6,9 +6,10 @@
 __all__ = ['Rows', 'RawRow', 'stream_rows', 'drop_near', 'load_rows']
 
 # %% ../nbs/130_rows.ipynb #a27f5447
+import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain, islice, zip_longest
 from typing import Any, NamedTuple, SupportsIndex
 
@@ -165,11 +166,12 @@ def _keys_of_conversations(mapping: FieldMapping | None) -> set[str] | None:
     for part, names in (mapping or {}).items():
         if part not in (*_OF_CONVERSATION, IGNORE):
             return None
-        keys |= {names} if isinstance(names, str) else set(names)
+        if part != IGNORE:
+            keys |= {names} if isinstance(names, str) else set(names)
     return keys
 
 
-def _of_records(lines: Lines, row_keys: set[str]) -> Iterator[tuple[Any, Any]]:
+def _of_records(lines: Lines, *keys: Collection[str]) -> Iterator[tuple[Any, Any]]:
     "The conversations in messages with parents, after rows that are none."
     messages = []
     for line, value in lines:
@@ -177,14 +179,14 @@ def _of_records(lines: Lines, row_keys: set[str]) -> Iterator[tuple[Any, Any]]:
             messages.append((line, value))
         else:
             yield line, value
-    yield from conversations_of(messages, row_keys)
+    yield from conversations_of(messages, *keys)
 
 
-def _of_trees(lines: Lines, row_keys: set[str]) -> Iterator[tuple[Any, Any]]:
+def _of_trees(lines: Lines, *keys: Collection[str]) -> Iterator[tuple[Any, Any]]:
     "The conversations in trees of replies, among rows that are none."
     for line, value in lines:
         if is_message_tree(value):
-            for place, row in tree_conversations(value, row_keys):
+            for place, row in tree_conversations(value, *keys):
                 yield f"{line}[{place}]", row
         else:
             yield line, value
@@ -197,10 +199,12 @@ def _together(part: SourcePart, mapping: FieldMapping | None, into: Rows) -> Lin
     lines = chain(head, part.lines)
     if row_keys is None:
         return lines
+    names = (mapping or {}).get(IGNORE, [])
+    ignored = [names] if isinstance(names, str) else names
     if sum(is_message_record(value) for _, value in head) > len(head) / 2:
         into.notes.append(f"{part.label}: messages are put together by their parents")
-        return _of_records(lines, row_keys)
-    return _of_trees(lines, row_keys)
+        return _of_records(lines, row_keys, ignored)
+    return _of_trees(lines, row_keys, ignored)
 
 
 def _raw_rows(part: SourcePart, mapping: FieldMapping | None, into: Rows) -> Iterator[RawRow]:
@@ -273,9 +277,21 @@ def _row_of(raw: RawRow, mapping: FieldMapping | None) -> tuple[FoundFields, dic
     split = named_split(value, raw.split_column)
     if split:
         row["split"] = split
+    _check_json(row)
     if value.get("of_tree") is True:  # Written by this kit, or put together here
         row["of_tree"] = True
     return found, row
+
+
+def _check_json(row: dict) -> None:
+    "`ValueError` where tools or calls hold what a template cannot write."
+    calls = [message.get("tool_calls") for message in row.get("messages", ())]
+    if "tools" not in row and not any(calls):
+        return
+    try:
+        json.dumps([calls, row.get("tools")], allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"its tools or calls are no JSON: {error}") from None
 
 
 def _content_id(row: dict) -> str:

@@ -7,6 +7,7 @@ __all__ = ['ROW_KEYS', 'Refused', 'is_message_record', 'is_message_tree', 'Messa
            'tree_conversations', 'score_once']
 
 # %% ../nbs/127_trees.ipynb #801d30f6
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -85,7 +86,7 @@ def _is_deleted(row: dict) -> bool:
     return str(row.get("deleted", "")).strip().lower() in ("true", "1", "yes")
 
 
-def _turn(row: dict, row_keys: Collection[str]) -> dict:
+def _turn(row: dict, not_said: Collection[str]) -> dict:
     """A message as a turn: its speaker, its text, and all keys that say something of it.
     `ValueError` for two texts.
     """
@@ -93,12 +94,12 @@ def _turn(row: dict, row_keys: Collection[str]) -> dict:
     if any(text != texts[0] for text in texts):
         raise ValueError(f"its texts ({', '.join(_TEXTS)}) say different things")
     speaker = next(name for name in _SPEAKERS if row.get(name))
-    known = {speaker, *_TEXTS, *_STRUCTURE, *row_keys}
+    known = {speaker, *_TEXTS, *_STRUCTURE, *not_said}
     others = {key: value for key, value in row.items() if key not in known}
     return others | dict(role=row[speaker], content=_first(row, _TEXTS))
 
 
-def _shared(way: list[Message], row_keys: Collection[str]) -> dict:
+def _shared(way: list[Message], row_keys: set[str]) -> dict:
     "What messages say of their conversation. `ValueError` where they say different things."
     shared: dict = {}
     for message in way:
@@ -112,9 +113,8 @@ def _shared(way: list[Message], row_keys: Collection[str]) -> dict:
 
 # %% ../nbs/127_trees.ipynb #c594f29e
 def _name(value: Any) -> Any:
-    "An id as it is compared: 1, 1.0 and '1' are the same."
-    is_whole = isinstance(value, float) and value.is_integer()
-    return None if value is None else str(int(value) if is_whole else value).strip()
+    "An id as it is compared: 1, 1.0 and '1' are the same; a column with gaps has '1.0' in CSV."
+    return None if value is None else re.sub(r"^(-?\d+)\.0$", r"\1", str(value).strip())
 
 
 def _keyed(records: list[tuple[Any, dict]], scope: str | None) -> list[Message]:
@@ -179,16 +179,20 @@ def _way_to(key: Any, messages: dict[Any, Message], refused: Refused) -> list[Me
 def conversations_of(
     records: Iterable[tuple[Any, Any]],  # All messages of a file, each with its place
     row_keys: Collection[str] = ROW_KEYS,  # Keys of a message that belong to its conversation
+    ignored: Collection[str] = (),  # Keys that are knowingly left aside
 ) -> Iterator[tuple[Any, dict | ValueError]]:  # Place of the last answer, and the row
     """The conversations in messages with parents, one for each last answer.
     A message that belongs to none is an error in its place.
     """
     known: list[tuple[Any, dict]] = []
+    places: dict[str, Any] = {}
     for place, row in records:
-        if isinstance(row, dict):
-            known.append((place, row))
-        else:
+        if not isinstance(row, dict):
             yield place, row if isinstance(row, ValueError) else ValueError("no message")
+        elif places.setdefault(digest(row), place) != place:
+            yield place, ValueError(f"duplicate of the message at {places[digest(row)]}")
+        else:
+            known.append((place, row))
     told_apart = _told_apart(known)
     refused = _refused_messages(told_apart)
     messages = {message.key: message for message in told_apart}
@@ -207,15 +211,17 @@ def conversations_of(
         if isinstance(found, ValueError):
             yield message.place, found
         elif message.key not in answered:
-            yield message.place, _conversation(found, row_keys)
+            yield message.place, _conversation(found, set(row_keys) - set(ignored), ignored)
 
 
-def _conversation(way: list[Message], row_keys: Collection[str]) -> dict | ValueError:
+def _conversation(
+    way: list[Message], row_keys: set[str], ignored: Collection[str]
+) -> dict | ValueError:
     "A way as a row, or why it is none."
     if not _is_answer(way[-1]):
         return ValueError("no answer to this message follows")
     try:
-        turns = [_turn(message.row, row_keys) for message in way]
+        turns = [_turn(message.row, {*row_keys, *ignored}) for message in way]
         return _shared(way, row_keys) | dict(messages=turns, of_tree=True)
     except ValueError as error:
         return error
@@ -245,11 +251,12 @@ def tree_messages(
 def tree_conversations(
     row: dict,  # As for `tree_messages`
     row_keys: Collection[str] = ROW_KEYS,  # As for `conversations_of`
+    ignored: Collection[str] = (),  # As for `conversations_of`
 ) -> Iterator[tuple[Any, dict | ValueError]]:  # As from `conversations_of`
     "The conversations in one tree; what stands beside its root belongs to each of them."
     beside = row if "prompt" in row else {}
     beside = {key: value for key, value in beside.items() if key not in {"prompt", *_STRUCTURE}}
-    for place, found in conversations_of(tree_messages(row), row_keys):
+    for place, found in conversations_of(tree_messages(row), row_keys, ignored):
         yield place, beside | found if isinstance(found, dict) else found
 
 # %% ../nbs/127_trees.ipynb #0400f0a2

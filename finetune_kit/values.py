@@ -63,7 +63,7 @@ def _plain(value: Any) -> Any:
     if kind.__name__ in _MISSING:
         return None
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple | Set):
         return [_plain(inner) for inner in value]
     if hasattr(value, "tolist"):
@@ -81,6 +81,8 @@ def without_nulls(
 def _filled(value: Any) -> Any:
     if isinstance(value, dict):
         is_turn = {"role", "content"} <= value.keys() or {"from", "value"} <= value.keys()
-        filled = value.items() if is_turn else [pair for pair in value.items() if pair[1] is not None]
+        filled = (
+            value.items() if is_turn else [pair for pair in value.items() if pair[1] is not None]
+        )
         return {key: _filled(inner) for key, inner in filled}
     return [_filled(inner) for inner in value] if isinstance(value, list) else value
