@@ -27,8 +27,8 @@ from finetune_kit.fields import (
     value_at,
     without_ignored,
 )
+from .json_rows import parse_json
 from .options import read_options, right_option, with_options
-from .read import parse_json
 from .split_names import SPLITS, split_from_name
 
 # %% ../nbs/125_messages.ipynb #03b5aa4f
