@@ -166,7 +166,8 @@ def _way_to(key: Any, messages: dict[Any, Message], refused: Refused) -> list[Me
     while key is not None:
         _, name = key
         if key in refused:
-            raise ValueError(f"{name!r:.40} before it: {refused[key]}" if way else refused[key])
+            before = f"a message before it is left out: {name!r:.40}, {refused[key]}"
+            raise ValueError(before if way else refused[key])
         if key not in messages:
             raise ValueError(f"its parent {name!r:.40} is not in the file")
         if key in way:

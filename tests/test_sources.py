@@ -71,11 +71,14 @@ TREES = {  # Kind → rows, what is said, and a piece of a reason ("" for none)
     "a line twice": ([Q, A, A], SHORT, "duplicate of the message at 2"),
     "pictures": (last(images=["x"]), [], "'images'"),
     "not to be learned": (last(train=False), WAY, ""),
-    "two splits": (last(split="test")[:3] + [G | dict(split="train")], WAY, ""),
     "different splits": ([Q | dict(split="train"), A | dict(split="test")], [], "different split"),
     "deleted as text": (last(deleted="False"), WAY, ""),
     "deleted": ([Q, A, A | dict(id=3, text="B", deleted="True")], SHORT, "marked as deleted"),
-    "behind a deleted one": ([Q, A | dict(deleted=1), F, G], [], "'2' before it"),
+    "behind a deleted one": (
+        [Q, A | dict(deleted=1), F, G, A | dict(id=5, text="B")],
+        [["Q", "B"]],
+        "a message before it is left out: '2'",
+    ),
     "a list as id": (last(id=[4]), SHORT, "no id"),
     "NaN as parent": ([Q | dict(parent_id=float("nan")), A | dict(parent_id=1.0)], SHORT, ""),
     "an empty parent": ([Q | dict(parent_id=""), A | dict(id="2", parent_id="1.0")], SHORT, ""),
@@ -235,6 +238,7 @@ def test_a_column_that_names_no_splits_is_none():
 
 
 ROW, OTHER = dict(question="Q", answer="A"), dict(question="F", answer="G")
+SAID = [dict(role="assistant", content="A")]
 JSON_FILES = {  # Kind → value, what is said, and a piece of the message that refuses it
     "lists of other names": (dict(easy=[ROW], hard=[OTHER]), [], "'easy', 'hard'"),
     "a list beside train": (dict(train=[ROW], extra=[OTHER]), [], "'train', 'extra'"),
@@ -242,7 +246,7 @@ JSON_FILES = {  # Kind → value, what is said, and a piece of the message that 
     "objects around splits": (dict(train=dict(data=[ROW]), version=1), SHORT, ""),
     "columns by index": (dict(question={"0": "Q"}, answer={"0": "A"}), SHORT, ""),
     "one preference": (
-        dict(prompt=[dict(role="user", content="Q")], chosen=[], rejected=[dict(a=1)]),
+        dict(prompt=[dict(role="user", content="Q")], chosen=SAID, rejected=SAID),
         [],
         "preference row",
     ),
