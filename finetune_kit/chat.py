@@ -34,6 +34,7 @@ from finetune_kit.rendering import (
     split_thought,
 )
 from .rows import Rows
+from .trees import score_once
 
 # %% ../nbs/150_chat.ipynb #e1c6b416
 _all_ = ["render"]  # what outsiders import from here
@@ -211,6 +212,17 @@ def _add_rejects(rows: Rows, rejects: list[dict]):
             rows.rejects.append(reject)
 
 
+def _encode_once(rows, *options) -> list[dict]:
+    "Encode; an answer that rows of a tree share is scored in the first of them that can be used."
+    while True:
+        encoded = list(stream_encoded(score_once(rows), *options))
+        if len(encoded) == len(rows) or not any(row.get("of_tree") for row in rows):
+            return encoded
+        # What was left out may have carried an answer of others
+        used = {(row["id"], row["row"].get("source")) for row in encoded}
+        rows = [row for row in rows if (row["id"], row.get("source")) in used]
+
+
 def encode_rows(
     rows: list[dict],  # Where they are `Rows`, their `rejects` take what is left out
     tokenizer,
@@ -222,7 +234,7 @@ def encode_rows(
     A warning says how many earlier answers the template does not let score.
     """
     left_out = Rows()
-    encoded = list(stream_encoded(rows, tokenizer, template, max_length, loss_on, left_out))
+    encoded = _encode_once(rows, tokenizer, template, max_length, loss_on, left_out)
     if isinstance(rows, Rows):
         _add_rejects(rows, left_out.rejects)
     n_unscored = sum(row["n_unscored"] for row in encoded)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DropOption', 'PruneOption', 'ToolOption', 'STATISTICS_COLUMNS', 'SourceArgument', 'MapOption', 'SplitOption',
            'HeldOption', 'VariantOption', 'InstructionOption', 'TagsOption', 'OutOption', 'MaxRowsOption',
-           'DedupeOption', 'TokenizerOption', 'TemplateOption', 'LengthOption', 'LossOption', 'PreviewOption',
-           'RejectsOption', 'plan', 'DataReport', 'read_mapping', 'DataOptions', 'read_splits', 'look_at_data',
-           'write_splits', 'statistics_grid', 'print_data', 'data']
+           'DedupeOption', 'TokenizerOption', 'TemplateOption', 'ThinkingOption', 'LengthOption', 'LossOption',
+           'PreviewOption', 'RejectsOption', 'plan', 'DataReport', 'read_mapping', 'DataOptions', 'read_splits',
+           'look_at_data', 'write_splits', 'statistics_grid', 'print_data', 'data']
 
 # %% ../nbs/910_cli_data.ipynb #6b250473
 import json
@@ -147,7 +147,7 @@ def read_splits(
 ) -> dict:  # Split → rows; the splits that were asked for
     "The rows as a training would get them; a split may be empty."
     from finetune_kit.data import prepare_dataset
-    from finetune_kit.fields import SPLITS, split_from_name
+    from finetune_kit.split_names import SPLITS, split_from_name
 
     splits = prepare_dataset(
         source if len(source) > 1 else source[0],
@@ -347,6 +347,13 @@ TokenizerOption = Annotated[str, typer.Option(help="Whose tokenizer and template
 TemplateOption = Annotated[
     str | None, typer.Option(help="alpaca, chatml, llama2, phi; the model's own by default")
 ]
+ThinkingOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--enable-thinking/--no-enable-thinking",
+        help="Think before each answer; default: as the template does",
+    ),
+]
 LengthOption = Annotated[int, typer.Option(help="Longest row, in tokens")]
 LossOption = Annotated[str, typer.Option(help="answers, last or all")]
 PreviewOption = Annotated[int, typer.Option(help="How many rows to show, with their loss mask")]
@@ -388,6 +395,7 @@ def data(
     out: OutOption = None,
     model: TokenizerOption = "data/tiny-base",
     template: TemplateOption = None,
+    enable_thinking: ThinkingOption = None,
     max_length: LengthOption = 512,
     loss_on: LossOption = "answers",
     preview: PreviewOption = 2,
@@ -397,6 +405,7 @@ def data(
     """Show what is in data, and what a training would make of it: `finetune-kit data my.jsonl`.
     With --out the rows are written too; --variant all writes each variant into its own folder."""
     from finetune_kit.model import load_tokenizer
+    from finetune_kit.rendering import chat_template
     from finetune_kit.variants import VARIANTS
 
     if variant == "all" and out is None:
@@ -413,6 +422,8 @@ def data(
         instruction,
         domain_tags,
     )
+    if enable_thinking is not None:
+        template = chat_template(tokenizer, template, enable_thinking)
     looking = (tokenizer, template, max_length, loss_on)
     every = list(VARIANTS) if variant == "all" else [variant]
     reports = []

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 
 from .chat import encode_rows
 from .core import EmptyDatasetError, InvalidConfigError, choices
-from .fields import SPLITS, FieldMapping
+from .fields import FieldMapping
 from .messages import spoken_text
-from .rows import Rows, Source, resolve_source
+from .rows import Rows
 from .rows import load_rows as load_rows
+from .sources import Source, resolve_source
+from .split_names import SPLITS
 from .splits import Size, Splits, leaks, load_splits, split_dials, without_leaks
 from finetune_kit.variants import (
     VARIANTS,

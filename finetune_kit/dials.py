@@ -39,7 +39,6 @@ from .lengths import Lengths, data_lengths
 from .model import model_config
 from .plan import LayerPlan, drop, prune_after
 from .rendering import templates
-from .rows import resolve_source
 from finetune_kit.rules import (
     Derived,
     derive_answer_length,
@@ -49,6 +48,7 @@ from finetune_kit.rules import (
 )
 from .scores import ANSWER_METRICS, metric_label
 from .settings import StrictConfig, flat_values
+from .sources import resolve_source
 from .splits import split_dials, with_names
 from finetune_kit.training import (
     TrainConfig,

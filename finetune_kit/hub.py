@@ -22,7 +22,7 @@ from .core import ROOT, FineTuneError, InvalidConfigError, MissingConfigError, r
 from .logs import log
 from .model_sources import ModelSource
 from .pages import fill
-from .rows import is_hub_id
+from .sources import is_hub_id
 from .surgery import PLAN_FILE
 
 # %% ../nbs/725_hub.ipynb #c5786182

@@ -18,8 +18,8 @@ import finetune_kit
 from .core import ROOT, detect_device, digest, resolve_path
 from .gguf_header import file_digest, gguf_file, is_gguf
 from .plan import LayerPlan
-from .rows import resolve_source
 from .settings import StrictConfig
+from .sources import resolve_source
 
 # %% ../nbs/530_identity.ipynb #f513a6cd
 def _file_digest(path: Path) -> str:

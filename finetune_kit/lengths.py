@@ -18,7 +18,7 @@ from .data import prepare_dataset
 from .logs import quiet
 from .model import load_tokenizer
 from .rendering import chat_template
-from .rows import resolve_source
+from .sources import resolve_source
 
 # %% ../nbs/440_lengths.ipynb #ff679131
 MEASURED_ROWS = 5000  # Of each split; about two seconds

@@ -16,7 +16,6 @@ from typing import Any
 
 from .core import choices
 from finetune_kit.fields import (
-    SPLITS,
     FieldMapping,
     Fields,
     check_mapping,
@@ -24,13 +23,13 @@ from finetune_kit.fields import (
     is_message_list,
     is_turn,
     is_usable,
-    split_from_name,
     turns_in,
     value_at,
     without_ignored,
 )
+from .json_rows import parse_json
 from .options import read_options, right_option, with_options
-from .read import parse_json
+from .split_names import SPLITS, split_from_name
 
 # %% ../nbs/125_messages.ipynb #03b5aa4f
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ufeff]")
@@ -112,6 +111,7 @@ def _first_given(turn: dict, *keys: str) -> Any:
     return next(iter((filled or values).values()), None)
 
 
+_SCORED = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
 _WEIGHTS = ("weight", "loss_weight", "train", "trainable", "training", "loss", "learn")
 
 
@@ -120,13 +120,11 @@ def is_scored(
     names: Collection[str] = _WEIGHTS,
 ) -> bool:  # Whether it is to be learned; true where nothing is said
     "What the marks of a turn say. `ValueError` for a weight between 0 and 1."
-    marks = {name: turn[name] for name in names if turn.get(name) is not None}
+    marks = {name: turn[name] for name in names if turn.get(name) not in (None, "")}
     for name, mark in marks.items():
-        mark = {"true": 1, "false": 0}.get(str(mark).lower(), mark)
-        if mark not in (0, 1):
+        if str(mark).strip().lower() not in _SCORED:
             raise ValueError(f"{name} {mark!r:.40}: 0 (not scored) or 1 can be used")
-        marks[name] = mark
-    return 0 not in marks.values()
+    return all(_SCORED[str(mark).strip().lower()] for mark in marks.values())
 
 # %% ../nbs/125_messages.ipynb #bd1b872a
 def _parsed(value: Any, label: str) -> Any:
@@ -436,7 +434,7 @@ def unused_keys(
     "The keys of a row and its turns that nothing was made of."
     if not isinstance(raw, dict):
         return []
-    used = _used_names(fields) | {"variant", "split"}
+    used = _used_names(fields) | {"variant", "split", "of_tree"}
     keys = [str(key) for key, value in raw.items() if key not in used and value is not None]
     messages = fields.get("messages")
     turns = turns_in(raw.get(messages)) if isinstance(messages, str) else None
@@ -580,6 +578,8 @@ def shape_row(
         raise ValueError("it has choices, and nothing that says which is right")
     if not is_usable(fields):
         names = ", ".join(map(str, raw)) or "(none)"
+        missing = ", ".join(str(name) for name, value in raw.items() if value is None)
+        names += f" (missing: {missing})" if missing else ""
         raise ValueError(f"no question and answer, messages or text among the fields {names}")
     tools = raw.get(fields.get("tools"))
     asks = "question" in fields or "input" in fields

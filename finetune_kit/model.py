@@ -33,7 +33,7 @@ from finetune_kit.core import (
 from .gguf_header import gguf_file, is_gguf
 from .gguf_model import gguf_config_folder, gguf_folder
 from .logs import log, quiet
-from .rows import is_hub_id
+from .sources import is_hub_id
 
 # %% ../nbs/215_model.ipynb #3b02bc31
 def model_source(

@@ -25,7 +25,7 @@ from .model import model_config
 from .plan import LayerPlan, drop
 from .record import Run
 from .registry import load_run
-from .rows import is_hub_id
+from .sources import is_hub_id
 from .surgery import read_plan
 
 # %% ../nbs/705_model_sources.ipynb #8283256c

@@ -13,16 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .core import DatasetLoadError, InvalidConfigError, digest
 from .duplicates import near_pairs
-from .fields import SPLITS, FieldMapping, split_from_name
+from .fields import FieldMapping
 from .messages import spoken_text
-from finetune_kit.rows import (
-    DataSource,
-    Rows,
-    Source,
-    file_splits,
-    load_rows,
-    resolve_source,
-)
+from .rows import Rows, load_rows
+from .sources import DataSource, Source, file_splits, files_under, resolve_source
+from .split_names import SPLITS, split_from_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,10 +47,16 @@ def split_of(
 def question_id(
     row: dict,  # With `messages` or `text`
 ) -> str:  # 12 hexadecimal digits
-    "A digest of what a row asks: all turns but the assistant's; of a plain text, the text."
+    """A digest of what a row asks: all turns but the assistant's; of a plain text, the text.
+    Rows of one tree share what they begin with: of these, what its root asks.
+    """
     if "messages" not in row:
         return digest(row["text"])
-    return digest([message for message in row["messages"] if message["role"] != "assistant"])
+    turns = row["messages"]
+    if row.get("of_tree"):
+        n_root = next(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+        turns = turns[:n_root]
+    return digest([turn for turn in turns if turn["role"] != "assistant"])
 
 # %% ../nbs/135_splits.ipynb #f2f7817e
 Size = float | int  # A share in [0, 1] (0: none, 1: all), or a count of rows from 2
@@ -135,17 +136,30 @@ class OwnSplits(NamedTuple):
     "The splits that a source has itself."
 
     names: dict[str, str]  # Split → its name in the source; empty: it has none
-    other_files: list[Path]  # Files that belong to none of them
+    others: list[str]  # Files, or splits of the hub, that belong to none of them
 
 
-def _hub_splits(source: DataSource) -> dict[str, str]:
+def _hub_splits(source: DataSource) -> OwnSplits:
+    "`DatasetLoadError` where two of its splits could each be the one of a name."
     import datasets
 
     try:
         names = datasets.get_dataset_split_names(source.hub_name, source.hub_config)
     except Exception as e:
         raise DatasetLoadError(f"hub data set {source.label!r}: {type(e).__name__}: {e}") from e
-    return {split_from_name(name): name for name in names}
+    names_of: dict[str, list[str]] = {}
+    for name in map(str, names):
+        names_of.setdefault(split_from_name(name), []).append(name)
+    chosen = {split: split if split in its else its[0] for split, its in names_of.items()}
+    for split, its in names_of.items():
+        if split in SPLITS and split not in its and len(its) > 1:
+            raise DatasetLoadError(
+                f"hub data set {source.label!r}: {' and '.join(its)} could each be the {split} "
+                "split; read what you want with load_rows(source, split=…), and give it as "
+                "data={'train': rows, 'test': rows}"
+            )
+    used = {split: name for split, name in chosen.items() if split in SPLITS}
+    return OwnSplits(used, [name for name in map(str, names) if name not in used.values()])
 
 # %% ../nbs/135_splits.ipynb #c7f15e4b
 def own_splits(
@@ -155,18 +169,31 @@ def own_splits(
     `DatasetLoadError` for a hub data set that cannot be looked up.
     """
     if source.kind == "named":
-        return OwnSplits({split: split for split, _ in source.named}, [])
-    names = _hub_splits(source) if source.kind == "hub" else {}
+        used = {file for split, given in source.named for file in files_under(split, given)}
+        unused = [file.name for file in source.files if file not in used]
+        return OwnSplits({split: split for split, _ in source.named}, unused)
+    names, others = _hub_splits(source) if source.kind == "hub" else OwnSplits({}, [])
     other_files = []
     splits = file_splits(source) if source.files else []
     for file, split in zip(source.files, splits, strict=True):
         if split in SPLITS:
             names[split] = split
         else:
-            other_files.append(file)
+            other_files.append(file.name)
     names = {split: names[split] for split in SPLITS if split in names}
     holds_out = "train" in names and len(names) > 1
-    return OwnSplits(names, other_files) if holds_out else OwnSplits({}, [])
+    if other_files and list(names) == ["train"]:
+        named = [
+            file.name for file, split in zip(source.files, splits, strict=True) if split == "train"
+        ]
+        raise DatasetLoadError(
+            f"{named[0]} is named train, {', '.join(other_files[:3])} is not: trained on, or held "
+            f"out? Say data={{'train': [{named[0]!r}, {other_files[0]!r}]}} or "
+            f"data={{'train': {named[0]!r}, 'test': {other_files[0]!r}}}, with all files"
+        )
+    if not holds_out:
+        return OwnSplits({}, others)  # Its files are all read; of the hub, the training split
+    return OwnSplits(names, others + other_files)
 
 
 def with_names(
@@ -176,6 +203,7 @@ def with_names(
     "A source whose splits are told apart by name, so that no held-out file is trained on."
     given = {split: resolve_source(held) for split, held in (held_out or {}).items()}
     parts: dict[str, DataSource] = {}
+    notes = source.notes
     if source.kind == "files":
         files_of: dict[str, list[Path]] = {}
         for file, split in zip(source.files, file_splits(source), strict=True):
@@ -184,6 +212,9 @@ def with_names(
         if len(files_of) > 1 and not has_train_files:
             for split, its_files in files_of.items():
                 parts[split] = DataSource("files", source.label, files=tuple(its_files))
+                if split != "train":
+                    its_names = ", ".join(file.name for file in its_files[:10])
+                    notes += (f"Held out by name, as the {split} split: {its_names}",)
     if not parts and not given:
         return source
     if not parts:
@@ -191,7 +222,7 @@ def with_names(
         parts = dict(source.named) if source.kind == "named" else dict.fromkeys(own, source)
     named = tuple((parts | given).items())
     files = tuple(file for _, part in named for file in part.files)
-    return DataSource("named", source.label, files=files, named=named)
+    return DataSource("named", source.label, files=files, named=named, notes=notes)
 
 # %% ../nbs/135_splits.ipynb #a4fa5821
 def _without_overlap(splits: Splits) -> Splits:
@@ -234,7 +265,7 @@ def load_splits(
     """
     sizes, held_out = split_dials(validation, test)
     source = with_names(resolve_source(source), held_out)
-    names, other_files = own_splits(source)
+    names, others = own_splits(source)
     if names:
         splits = {
             split: load_rows(source, name, mapping, max_rows, dedupe)
@@ -242,9 +273,9 @@ def load_splits(
         }
     else:
         splits = dict(train=load_rows(source, None, mapping, max_rows, dedupe))
+    kind = "split" if source.kind == "hub" else "file"
     splits.setdefault("train", Rows()).rejects += [
-        dict(source=file.name, reason="a file that belongs to no split", row="")
-        for file in other_files
+        dict(source=name, reason=f"a {kind} that belongs to no split", row="") for name in others
     ]
     splits = _without_overlap(_by_label(splits))
 

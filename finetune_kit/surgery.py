@@ -52,7 +52,7 @@ from finetune_kit.model import (
 from .plan import LayerPlan, drop, prune_after
 from .probe import check_same, probe_logits
 from .rendering import chat_template
-from .rows import is_hub_id
+from .sources import is_hub_id
 
 # %% ../nbs/240_surgery.ipynb #14726e34
 def _layers_for(model, plan):

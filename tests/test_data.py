@@ -24,7 +24,8 @@ from finetune_kit.data import prepare_dataset
 from finetune_kit.duplicates import near_pairs, shingles, similarity
 from finetune_kit.messages import clean, to_row
 from finetune_kit.read import loaders
-from finetune_kit.rows import Rows, load_rows, resolve_source, stream_rows
+from finetune_kit.rows import Rows, load_rows, stream_rows
+from finetune_kit.sources import resolve_source
 from finetune_kit.splits import leaks
 
 QA = [dict(role="user", content="Why?"), dict(role="assistant", content="Because.")]
