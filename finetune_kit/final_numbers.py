@@ -30,9 +30,11 @@ HEADING = regex.compile(
     regex.I,
 )
 CUE = regex.compile(
-    r"\b(?:answer|result)\b\*{0,2}\s?(?:(?:is|are|was|equals|would be|will be|comes to|[:=])\s?){1,3}"
+    r"\b(?:answer|result)\b\*{0,2}\s?"
+    r"(?:(?:is|are|was|equals|would be|will be|comes to|[:=])\s?){1,3}"
     r"|(?m:^)[ \t]{0,20}(?:A|Ans)\s?:|答案(?:是|为|：|:){1,2}|答(?:：|:)|答え[はが：:]|정답[은:：]"
-    r"|Ответ\s?:|Antwort(?: ist| lautet|\s?:)|r[eé]sp(?:uesta|osta)(?: es| é|\s?:)|risposta(?: è|\s?:)"
+    r"|Ответ\s?:|Antwort(?: ist| lautet|\s?:)|r[eé]sp(?:uesta|osta)(?: es| é|\s?:)"
+    r"|risposta(?: è|\s?:)"
     r"|réponse(?: est|\s?:)|उत्तर\s?:|الجواب(?: هو|\s?:)|คำตอบ(?:คือ|\s?:)",
     regex.IGNORECASE,
 )
@@ -116,7 +118,7 @@ def after_cue(
         return None
     return _line_after(text, end).strip() or None
 
-# %% ../nbs/310_final_numbers.ipynb #1d0a4cbb
+# %% ../nbs/310_final_numbers.ipynb #e2ab5315
 REMARK = regex.compile(
     r"(?<=[\s\d])\([^()]*[^\W\d_]{2}[^()]*\)"  # 5 (see step 3)
     r"|(?<=[\d\p{L}]) +\([^()]*\)"  # 0.25 (25%)
@@ -124,7 +126,9 @@ REMARK = regex.compile(
     r"|(?<!\\sqrt)(?<=\w)\s?\[\d+\]"  # 18 [1]
     r"|(?<=\p{L})\(\p{L}{1,3}\)"  # apple(s)
 )
-SENTENCE = regex.compile(r"(?<!\b(?:approx|ca|No|no|Nr|Mio|Mrd|Tsd|тыс|tys))[.!?](?:\s|$)|[。！？।]")
+SENTENCE = regex.compile(
+    r"(?<!\b(?:approx|ca|No|no|Nr|Mio|Mrd|Tsd|тыс|tys))[.!?](?:\s|$)|[。！？।]"
+)
 CHOICE = regex.compile(r"^\(?[A-Ha-h](?:\)|\.\s|:)\s*(?=[-+.\d\\(])")
 NO_TABLE = regex.compile(r"\\end\{(?:[pbvBV]?matrix|array|cases|tabular)")
 
@@ -137,8 +141,8 @@ def _without_remarks(text: str) -> str:
 def _in_box(content: str) -> Any:
     "All of a box is one number."
     text = plain_math(content)
-    if text.rstrip().endswith("!"):
-        return None  # a factorial
+    if regex.search(r"!\s*$|\d\s?k\s*$", text):
+        return None  # a factorial, a variable
     found = values(text)
     return found[0] if len(found) == 1 else None
 

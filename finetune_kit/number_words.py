@@ -4,12 +4,20 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'CJK_SCALES', 'NOT_SCALED', 'MINUS', 'NO_NUMBER_BEFORE', 'NO_NUMBER_AFTER', 'SPELLED', 'MONTH_LINKS',
-           'JOINS', 'LINKS', 'LENGTHS', 'UNITS', 'FUNCTIONS', 'LANGUAGES', 'calendar_words']
+           'JOINS', 'LINKS', 'LENGTHS', 'UNITS', 'FUNCTIONS', 'LANGUAGES', 'word_list', 'word_set', 'calendar_words']
 
 # %% ../nbs/307_number_words.ipynb #0c6462e0
 from functools import lru_cache
 
 # %% ../nbs/307_number_words.ipynb #f67f8e77
+def word_list(text: str) -> list[str]:
+    return text.split()
+
+
+def word_set(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 _SCALES = {
     1: "十 십",
     2: "hundred hundreds 百 백 ร้อย",
@@ -17,9 +25,9 @@ _SCALES = {
     " tysiące tysięcy bin ribu nghìn ngàn हजार हज़ार ألف آلاف 千 천 พัน",
     4: "万 萬 만 หมื่น",
     5: "lakh lakhs लाख แสน",
-    6: "million millions mn mio millionen millón millones milione milioni milhão milhões млн миллион"
-    " миллиона миллионов мільйон мільйонів mln milion miliony milionów milyon miljoen juta triệu"
-    " مليون ملايين ล้าน",
+    6: "million millions mn mio millionen millón millones milione milioni milhão milhões млн"
+    " миллион миллиона миллионов мільйон мільйонів mln milion miliony milionów milyon miljoen juta"
+    " triệu مليون ملايين ล้าน",
     7: "crore crores करोड़",
     8: "亿 億 억",
     9: "billion billions bn milliard milliards milliarde milliarden mrd miliardo miliardi bilhão"
@@ -30,51 +38,53 @@ _SCALES = {
 }
 SCALES = {word: power for power, words in _SCALES.items() for word in words.split()}
 CJK_SCALES = {word: power for word, power in SCALES.items() if len(word) == 1 and word > "\u3000"}
-NOT_SCALED = tuple("千克 千米 千瓦 千卡 千字 百分 百万 万年 千年 百年".split())  # kilo-, percent
+NOT_SCALED = tuple(word_list("千克 千米 千瓦 千卡 千字 百分 百万 万年 千年 百年"))  # kilo-, percent
 
 # %% ../nbs/307_number_words.ipynb #4ff0e78e
-MINUS = frozenset(
-    "minus negative neg moins menos meno минус мінус eksi ujemne 负 負 负的 零下 マイナス 음수"
-    " 마이너스 ลบ âm trừ ऋण माइनस سالب ناقص negatif negativo negativ négatif отрицательное".split()
+MINUS = word_set(
+    "minus negative neg moins menos meno минус мінус eksi ujemne 负 負 负的 零下 マイナス 음수 마이너스 ลบ âm "
+    "trừ ऋण माइनस سالب ناقص negatif negativo negativ négatif отрицательное"
 )
-NO_NUMBER_BEFORE = frozenset(
-    "not than least most past below above under over beyond except nicht kein pas nie не".split()
+NO_NUMBER_BEFORE = word_set(
+    "not than least most past below above under over beyond except nicht kein pas nie не"
 )
-NO_NUMBER_AFTER = frozenset(
-    "dozen dozens score gross squared cubed factorial half halves thirds fourths fifths sixths"
-    " sevenths eighths ninths tenths hundredths thousandths mod modulo choose remainder below short"
-    " am pm a.m p.m uhr o'clock 点 點 時 시 年 月 日 号 년 월 일 ‰".split()
+NO_NUMBER_AFTER = word_set(
+    "dozen dozens score gross squared cubed factorial half halves thirds fourths fifths sixths "
+    "sevenths eighths ninths tenths hundredths thousandths mod modulo choose remainder below "
+    "short am pm a.m p.m uhr o'clock 点 點 時 시 年 月 日 号 년 월 일 ‰"
 )
-SPELLED = frozenset("one two three four five six seven eight nine ten eleven twelve".split())
-MONTH_LINKS = frozenset("de of the le la den der do di da d".split())
+SPELLED = word_set("one two three four five six seven eight nine ten eleven twelve")
+MONTH_LINKS = word_set("de of the le la den der do di da d")
 
 # %% ../nbs/307_number_words.ipynb #eeec53c1
-JOINS = frozenset(
-    "and or to of in per by than times with through thru until versus vs plus minus out und oder bis"
-    " von et ou à y o u a e ed od до и или и/или і або til en of och eller lub i ve veya 和 与 或 到 至"
-    " と や から または و أو إلى और या से".split()
-) | {word for word in MINUS}
-LINKS = frozenset(
-    "is are was were equals equal makes make gives give be has have had costs cost leaves leave left"
-    " because since when if for while as weil denn car porque gets get means yields totals becomes remain remains so then thus total ist sind sont est es"
-    " son é è равно это составляет 是 等于 は للجواب هو है".split()
+JOINS = word_set(
+    "and or to of in per by than times with through thru until versus vs plus minus out und "
+    "oder bis von et ou à y o u a e ed od до и или и/или і або til en of och eller lub i ve "
+    "veya 和 与 或 到 至 と や から または و أو إلى और या से"
+) | set(MINUS)
+LINKS = word_set(
+    "is are was were equals equal makes make gives give be has have had costs cost leaves leave "
+    "left because since when if for while as weil denn car porque gets get means yields totals "
+    "becomes remain remains so then thus total ist sind sont est es son é è равно это "
+    "составляет 是 等于 は للجواب هو है"
 )
 
 # %% ../nbs/307_number_words.ipynb #ca67ee4b
-LENGTHS = "km hm dam dm cm mm nm μm um m ft in yd mi s".split()  # They may have ^2, or s^2 below /
-UNITS = [
-    *LENGTHS,
-    *"kg g mg t lb lbs oz l L ml mL cl dl gal h hr hrs min mins sec secs ms d a mph kph kmh".split(),
-    *"K C F V A W N J Hz kHz MHz GHz kW kWh MW Wh kJ MJ Pa kPa kN mol cd lm Ω kΩ eV dB".split(),
-    *"B KB MB GB TB kb Mb Gb kcal cal Cal rpm px pt ha st nd rd th km/h".split(),
-]
-FUNCTIONS = (
-    "ln log lg exp sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh mod gcd lcm det abs"
-    " sgn max min"
-).split()
+LENGTHS = word_list(
+    "km hm dam dm cm mm nm μm um m ft in yd mi s"
+)  # They may have ^2, or s^2 below /
+UNITS = LENGTHS + word_list(
+    "kg g mg t lb lbs oz l L ml mL cl dl gal h hr hrs min mins sec secs ms d a mph kph kmh K C "
+    "F V A W N J Hz kHz MHz GHz kW kWh MW Wh kJ MJ Pa kPa kN mol cd lm Ω kΩ eV dB B KB MB GB TB "
+    "kb Mb Gb kcal cal Cal rpm px pt ha st nd rd th km/h"
+)
+FUNCTIONS = word_list(
+    "ln log lg exp sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh mod gcd lcm det "
+    "abs sgn max min"
+)
 
 # %% ../nbs/307_number_words.ipynb #6828e0f1
-LANGUAGES = "en de fr es it pt nl pl ru uk tr cs sv da el ar he hi bn th vi id ja ko zh".split()
+LANGUAGES = word_list("en de fr es it pt nl pl ru uk tr cs sv da el ar he hi bn th vi id ja ko zh")
 
 
 @lru_cache
@@ -82,7 +92,7 @@ def calendar_words() -> frozenset[str]:  # Lower case
     "Names of months and days."
     from babel import Locale
 
-    names = set("jan feb mar apr jun jul aug sep sept oct nov dec".split())
+    names = {"jan", "feb", "mar", "apr", "jun", "jul", "aug", "sep", "sept", "oct", "nov", "dec"}
     for language in LANGUAGES:
         locale = Locale(language)
         for form in ("format", "stand-alone"):
