@@ -109,9 +109,8 @@ def _last_starts(rows, marked, tokenizer, template, loss_on) -> list[int | None]
     prompts = iter(render_rows(before, tokenizer, template, add_generation_prompt=True))
     starts = []
     for is_answer, row in zip(ending, marked, strict=True):
-        prompt = next(prompts) if is_answer else None
-        is_prefix = prompt is not None and row.text.startswith(prompt)
-        starts.append(len(prompt) if is_prefix else None)
+        prompt = next(prompts) if is_answer else ""
+        starts.append(len(prompt) if prompt and row.text.startswith(prompt) else None)
     return starts
 
 

@@ -10,11 +10,17 @@ __all__ = ['SCALES', 'CJK_SCALES', 'NOT_SCALED', 'MINUS', 'NO_NUMBER_BEFORE', 'N
 from functools import lru_cache
 
 # %% ../nbs/307_number_words.ipynb #f67f8e77
-def word_list(text: str) -> list[str]:
+def word_list(
+    text: str,  # With spaces between
+) -> list[str]:
+    "Words in order."
     return text.split()
 
 
-def word_set(text: str) -> frozenset[str]:
+def word_set(
+    text: str,  # With spaces between
+) -> frozenset[str]:
+    "Words to look up."
     return frozenset(text.split())
 
 
@@ -42,8 +48,8 @@ NOT_SCALED = tuple(word_list("千克 千米 千瓦 千卡 千字 百分 百万 �
 
 # %% ../nbs/307_number_words.ipynb #4ff0e78e
 MINUS = word_set(
-    "minus negative neg moins menos meno минус мінус eksi ujemne 负 負 负的 零下 マイナス 음수 마이너스 ลบ âm "
-    "trừ ऋण माइनस سالب ناقص negatif negativo negativ négatif отрицательное"
+    "minus negative neg moins menos meno минус мінус eksi ujemne 负 負 负的 零下 マイナス"
+    " 음수 마이너스 ลบ âm trừ ऋण माइनस سالب ناقص negatif negativo negativ négatif отрицательное"
 )
 NO_NUMBER_BEFORE = word_set(
     "not than least most past below above under over beyond except nicht kein pas nie не"
