@@ -190,7 +190,9 @@ def _is_word_like(found: list[Lexeme], place: int) -> bool:
     one = found[place]
     if not regex.match(rf"{_LETTER}{{2}}", one.text) or one.text in FUNCTIONS or "(" in one.text:
         return False
-    left = place and found[place - 1]
+    if not place:
+        return False
+    left = found[place - 1]
     is_formula = place + 1 < len(found) and found[place + 1].kind == "operator"
     return (
         bool(left) and left.kind in ("number", "word") and left.end < one.start and not is_formula
@@ -203,7 +205,7 @@ def runs(
     "What of a text stands together."
     found = lexemes(text)
     inside = [_in_run(found, place) for place in range(len(found))]
-    stretches = []
+    stretches: list[list[int]] = []
     for place, is_inside in enumerate(inside):
         if is_inside and place and inside[place - 1]:
             stretches[-1].append(place)
