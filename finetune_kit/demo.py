@@ -150,7 +150,7 @@ def lay_out(
     with gr.Accordion("Settings", open=False):
         system = gr.Textbox(label="System prompt")
         domain = gr.Textbox(label="Domain, for a run trained with domain_tags")
-        thinking = gr.Dropdown([*THINKING], value=[*THINKING][0], label="Thinking")
+        thinking = gr.Dropdown([*THINKING], value=next(iter(THINKING)), label="Thinking")
         temperature = gr.Slider(0, 2, 0, label="Temperature (0: greedy)")
         top_p = gr.Slider(0.05, 1, 1, label="Top p")
         default = min(128, max_tokens)
