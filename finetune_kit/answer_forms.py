@@ -80,8 +80,8 @@ def _kind_of_symbol(match: regex.Match) -> str:
     touches = between_digits and text[match.start() - 1].isdigit() and text[match.end()].isdigit()
     if symbol in OPENING + CLOSING:
         return "bracket"
-    if symbol == ":" and between_digits:
-        return "operator"  # 10:30
+    if symbol == ":" and (between_digits or ":" in (before[-1:], after[:1])):
+        return "operator"  # 10:30, fe80::1
     if symbol == "!" and after[:1] and after[0] in "+-*/=^×":
         return "operator"  # 5! = 120
     if symbol == "-" and regex.match(r"\s\p{L}{3}", text[match.end() :]) and before:
@@ -400,13 +400,18 @@ DECADE = regex.compile(r"\d{3}0s|'\d0s")
 TIME_WORD = regex.compile(r"[时時点點](?![間间])|[年月日号号년월일]|시(?!간)")
 
 
+def _is_hour(words: list[str]) -> bool:
+    "Whether an hour follows: a quarter to 5."
+    return len(words) > 1 and words[-1] == "to" and words[-2] in SPELLED | {"quarter"}
+
+
 def _is_no_number(run: Run, text: str, after: list[str]) -> bool:
     "Whether the words beside a number make it something else."
     before = _words(run.before)
     if before and _marks(run.before)[-1:] not in (["."], [","], [";"], [":"]):
         if before[-1] == "and" and before[-2:][0] in SPELLED:
             return True  # two and 1/2
-        if before[-1] in NO_NUMBER_BEFORE or before[-2:] == ["quarter", "to"]:
+        if before[-1] in NO_NUMBER_BEFORE or _is_hour(before):
             return True
     first = _marks(run.after)[:1] if run.after and run.after[0].kind == "mark" else []
     touching = _touching_word(run)
@@ -442,7 +447,7 @@ def run_value(
     is_negative = bool(before) and (
         before[-1] in MINUS or before[-1].endswith(("负", "負の", "零下"))
     )
-    if is_negative and value < 0:
+    if is_negative and (value < 0 or not MINUS.isdisjoint(before[-2:-1])):
         return None
     scaled = value * Fraction(10) ** power if isinstance(value, Fraction) else value * 10**power
     return -scaled if is_negative else scaled
@@ -473,7 +478,7 @@ def are_joined(
     if len(words) == 1 and not marks:
         return words[0] not in LINKS
     is_unit = right.before[0].kind == "unit" or words[0] in LARGER_UNITS
-    return len(words) == 1 and marks == [","] and is_unit
+    return len(words) == 1 and marks in ([","], ["."]) and is_unit
 
 
 LARGER_UNITS = word_set(

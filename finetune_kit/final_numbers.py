@@ -13,7 +13,7 @@ from typing import Any
 
 import regex
 
-from .answer_forms import values
+from .answer_forms import COMMANDS, lexemes, values
 from .plain_math import plain_math
 
 # %% ../nbs/310_final_numbers.ipynb #ca16d766
@@ -143,8 +143,9 @@ def _in_box(content: str) -> Any:
     text = plain_math(content)
     if regex.search(r"!\s*$|\d\s?k\s*$", text):
         return None  # a factorial, a variable
+    commands = {one.text for one in lexemes(text) if one.kind == "command"}
     found = values(text)
-    return found[0] if len(found) == 1 else None
+    return found[0] if len(found) == 1 and commands <= set(COMMANDS) else None
 
 
 def _at_beginning(line: str) -> Any:

@@ -52,7 +52,7 @@ MINUS = word_set(
     " 음수 마이너스 ลบ âm trừ ऋण माइनस سالب ناقص negatif negativo negativ négatif отрицательное"
 )
 NO_NUMBER_BEFORE = word_set(
-    "not than least most past below above under over beyond except nicht kein pas nie не"
+    "not half than least most past below above under over beyond except nicht kein pas nie не"
 )
 NO_NUMBER_AFTER = word_set(
     "dozen dozens score gross squared cubed factorial half halves thirds fourths fifths sixths "
@@ -65,7 +65,7 @@ MONTH_LINKS = word_set("de of the le la den der do di da d")
 # %% ../nbs/307_number_words.ipynb #eeec53c1
 JOINS = word_set(
     "and or to of in per by than times with through thru until versus vs plus minus out und "
-    "oder bis von et ou à y o u a e ed od до и или и/или і або til en of och eller lub i ve "
+    "oder bis von et ou à y o u a e ed od до и или и/или і або til en of och og ja x lub eller i ve "
     "veya 和 与 或 到 至 と や から または و أو إلى और या से"
 ) | set(MINUS)
 LINKS = word_set(
