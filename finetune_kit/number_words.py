@@ -65,8 +65,8 @@ MONTH_LINKS = word_set("de of the le la den der do di da d")
 # %% ../nbs/307_number_words.ipynb #eeec53c1
 JOINS = word_set(
     "and or to of in per by than times with through thru until versus vs plus minus out und "
-    "oder bis von et ou à y o u a e ed od до и или и/или і або til en of och og ja x lub eller i ve "
-    "veya 和 与 或 到 至 と や から または و أو إلى और या से"
+    "oder bis von et ou à y o u a e ed od до и или и/или і або til en of och og ja x lub "
+    "eller i ve veya 和 与 或 到 至 と や から または و أو إلى और या से"
 ) | set(MINUS)
 LINKS = word_set(
     "is are was were equals equal makes make gives give be has have had costs cost leaves leave "
