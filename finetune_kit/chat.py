@@ -7,7 +7,8 @@ __all__ = ['NOT_SCORED', 'ROLES', 'ROW_CHECKS', 'CHAT_CHECKS', 'span_labels', 'T
            'stream_encoded', 'encode_rows', 'end_ids', 'Stretch', 'scored_stretches', 'Fault', 'Expected', 'Example',
            'examples', 'nothing_scored', 'two_bos_tokens', 'answer_is_cut', 'unknown_role', 'no_answer',
            'spells_special_token', 'lost_message', 'expected_stretch', 'other_prompt', 'expected_labels',
-           'no_end_of_turn', 'other_mask', 'lost_answer', 'find_fault', 'check_masks', 'content_labels', 'render']
+           'no_end_of_turn', 'other_mask', 'other_text', 'lost_answer', 'find_fault', 'check_masks', 'content_labels',
+           'render']
 
 # %% ../nbs/150_chat.ipynb #50e68421
 import bisect
@@ -22,6 +23,7 @@ import jinja2
 from .core import EmptyDatasetError, InvalidConfigError, MaskError
 from .logs import log
 from finetune_kit.rendering import (
+    MarkedText,
     check_loss_on,
     declared_ends,
     end_of_turn,
@@ -76,38 +78,70 @@ def _tokenize(texts: list[str], tokenizer, add_special_tokens: bool) -> list:
     return batch.encodings
 
 
-def _covered_starts(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
-    "Where a span begins within a token."
-    starts = []
-    for start, _ in spans:
-        place = bisect.bisect_left(offsets, (start, 0)) - 1
-        if place >= 0 and offsets[place][1] > start:
-            starts.append(start)
-    return starts
+def _is_within_token(offsets: list[tuple[int, int]], start: int) -> bool:
+    "Whether a token reaches over the character `start`."
+    place = bisect.bisect_left(offsets, (start, 0)) - 1
+    return place >= 0 and offsets[place][1] > start
 
 
-def _tokens_apart(text: str, borders: list[int], tokenizer) -> tuple[list[int], list]:
-    "Ids and offsets of a text whose pieces between borders are tokenized one by one."
+def _tokens_apart(text: str, border: int, tokenizer) -> tuple[list[int], list]:
+    "Ids and offsets of a text whose two parts are tokenized one by one."
     ids, offsets = [], []
-    for start, stop in zip([0, *borders], [*borders, len(text)], strict=True):
+    for start, stop in ((0, border), (border, len(text))):
         encoding = _tokenize([text[start:stop]], tokenizer, add_special_tokens=False)[0]
         ids += encoding.ids
         offsets += [(first + start, last + start) for first, last in encoding.offsets]
     return ids, offsets
 
 
+def _last_starts(rows, marked, tokenizer, template, loss_on) -> list[int | None]:
+    "Where the last answer of each row begins, in characters; None where it is not scored."
+    if loss_on != "all":
+        return [
+            text.spans[-1][0] if text.spans and _ends_scored(row) else None
+            for row, text in zip(rows, marked, strict=True)
+        ]
+    ending = [row["messages"][-1]["role"] == "assistant" for row in rows]
+    before = [
+        row | dict(messages=row["messages"][:-1])
+        for row, is_answer in zip(rows, ending, strict=True)
+        if is_answer
+    ]
+    prompts = iter(render_rows(before, tokenizer, template, add_generation_prompt=True))
+    starts = []
+    for is_answer, row in zip(ending, marked, strict=True):
+        prompt = next(prompts) if is_answer else ""
+        starts.append(len(prompt) if prompt and row.text.startswith(prompt) else None)
+    return starts
+
+
+def _ends_scored(row: dict) -> bool:
+    return len(row["messages"]) - 1 in scored_turns(row["messages"])
+
+
 def _chat_tokens(rows, tokenizer, template, loss_on) -> list[Tokens]:
     marked = mark_rows(rows, tokenizer, template, loss_on)
+    starts = _last_starts(rows, marked, tokenizer, template, loss_on)
     encodings = _tokenize([row.text for row in marked], tokenizer, add_special_tokens=False)
-    tokens = []
-    for encoding, row in zip(encodings, marked, strict=True):
-        ids, offsets = encoding.ids, encoding.offsets
-        borders = _covered_starts(offsets, row.spans)
-        if borders:
-            ids, offsets = _tokens_apart(row.text, borders, tokenizer)
-        labels = span_labels(ids, offsets, row.spans)
-        tokens.append(Tokens(ids, labels, row.problem, row.n_unscored))
-    return tokens
+    return [
+        _row_tokens(encoding, row, start, tokenizer)
+        for encoding, row, start in zip(encodings, marked, starts, strict=True)
+    ]
+
+
+def _row_tokens(encoding, row: MarkedText, last_start: int | None, tokenizer) -> Tokens:
+    "Ids and labels of a rendered row."
+    ids, offsets = encoding.ids, encoding.offsets
+    if last_start is not None and _is_within_token(offsets, last_start):
+        ids, offsets = _tokens_apart(row.text, last_start, tokenizer)
+    spans = [span for span in row.spans if not _is_within_token(offsets, span[0])]
+    problem, n_lost = row.problem, len(row.spans) - len(spans)
+    if n_lost and not spans:
+        problem = problem or (
+            "its only scored answers are earlier ones that begin with white space, which the"
+            " tokenizer joins to the prompt: take the white space away"
+        )
+    return Tokens(ids, span_labels(ids, offsets, spans), problem, row.n_unscored + n_lost)
 
 
 def _text_tokens(rows, tokenizer) -> list[Tokens]:
@@ -312,6 +346,7 @@ class Example:
     template: str | None = None
     loss_on: str = "answers"
     special_ids: set[int] = field(default_factory=set)  # Those of special tokens
+    text: str = ""  # The row, rendered anew
     answers: tuple[Expected, ...] = ()  # Of a conversation, as from `examples`
 
     @property
@@ -376,6 +411,8 @@ def examples(
     )
     ends = end_ids(tokenizer, template)
     special_ids = set(special_tokens(tokenizer))
+    chats = [row["row"] for row in encoded if "messages" in row["row"]]
+    texts = iter([row.text for row in mark_rows(chats, tokenizer, template, loss_on)])
     return [
         Example(
             row,
@@ -384,6 +421,7 @@ def examples(
             template,
             loss_on,
             special_ids,
+            next(texts) if "messages" in row["row"] else row["row"]["text"],
             tuple(next(answers) for _ in _asked_turns(row["row"], loss_on)),
         )
         for row in encoded
@@ -575,6 +613,22 @@ def other_mask(example: Example) -> Fault | None:
         "labels as encode_rows makes them, with the same template and loss_on",
     )
 
+# %% ../nbs/150_chat.ipynb #13f3be02
+def other_text(example: Example) -> Fault | None:
+    "The tokens do not spell the conversation: one was changed, is missing or follows its end."
+    expected = example.squeezed(example.tokenize(example.text))
+    spelled = example.squeezed(example.ids)
+    if spelled == expected:
+        return None
+    pairs = enumerate(zip(spelled, expected, strict=False))
+    shorter = min(len(spelled), len(expected))
+    place = next((n for n, (one, other) in pairs if one != other), shorter)
+    return Fault(
+        f"its tokens spell {spelled[place : place + 40]!r} where the conversation, rendered anew,"
+        f" says {expected[place : place + 40]!r}",
+        "ids as encode_rows makes them, of the same row with the same template",
+    )
+
 # %% ../nbs/150_chat.ipynb #42d73919
 def _parts_said(message: dict) -> list[str]:
     "What must stand in the scored text of an answer, in this order."
@@ -614,6 +668,7 @@ CHAT_CHECKS = (
     no_end_of_turn,
     other_mask,
     lost_answer,
+    other_text,
 )
 
 

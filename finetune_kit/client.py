@@ -74,9 +74,18 @@ class Client:
         seed: int | None = None,
         stop: list[str] | None = None,
         domain: str | None = None,  # For a run that was trained with domain_tags
+        enable_thinking: bool | None = None,  # Think before the answer; None: as the model does
     ) -> str:  # The answer
         "Ask."
-        body = self._body(question, max_tokens, temperature, top_p, seed, stop, domain)
+        settings = dict(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+            domain=domain,
+        )
+        body = self._body(question, settings, enable_thinking)
         with contextlib.closing(self._post(body)) as response:
             _check(response).read()
             return response.json()["choices"][0]["message"]["content"]
@@ -90,17 +99,9 @@ class Client:
         seed: int | None = None,
         stop: list[str] | None = None,
         domain: str | None = None,  # For a run that was trained with domain_tags
+        enable_thinking: bool | None = None,  # Think before the answer; None: as the model does
     ):  # Yields pieces of the answer
         "Ask, and read the answer as it comes."
-        body = self._body(question, max_tokens, temperature, top_p, seed, stop, domain)
-        with contextlib.closing(self._post(body | dict(stream=True))) as response:
-            yield from pieces_of(_check(response).iter_lines())
-
-    def _body(self, question, max_tokens, temperature, top_p, seed, stop, domain) -> dict:
-        self.model = self.model or self.models()[0]
-        messages = question
-        if isinstance(question, str):
-            messages = [dict(role="user", content=question)]
         settings = dict(
             max_tokens=max_tokens,
             temperature=temperature,
@@ -109,7 +110,18 @@ class Client:
             stop=stop,
             domain=domain,
         )
+        body = self._body(question, settings, enable_thinking)
+        with contextlib.closing(self._post(body | dict(stream=True))) as response:
+            yield from pieces_of(_check(response).iter_lines())
+
+    def _body(self, question, settings: dict, enable_thinking: bool | None) -> dict:
+        self.model = self.model or self.models()[0]
+        messages = question
+        if isinstance(question, str):
+            messages = [dict(role="user", content=question)]
         given = {name: value for name, value in settings.items() if value is not None}
+        if enable_thinking is not None:
+            given["chat_template_kwargs"] = dict(enable_thinking=enable_thinking)
         return dict(model=self.model, messages=messages) | given
 
     def _reach(self, call):

@@ -6,6 +6,7 @@ A case names a metric, a prediction, a reference, and `want`: a number, or an in
 import json
 import math
 import re
+import time
 
 import pytest
 from conftest import ROOT
@@ -36,6 +37,63 @@ def check(case):
         assert float(lowest or -math.inf) < value < float(highest), case
     else:
         assert value == pytest.approx(case["want"]), case
+
+
+SLOW = {
+    "a power": "999999999999^{999/1000}",
+    "powers of powers": "2^" * 10_000,
+    "lines": "\n" * 100_000 + "5",
+    "lines between": "5" + "\n" * 100_000 + "6",
+    "an open bracket": "5 (" + "a" * 50_000,
+    "vulgar fractions": "½" * 100_000,
+    "repeating decimals": "0.5(" * 25_000,
+    "divisions": "1/" * 50_000,
+    "overlines": r"0.\overline{" * 10_000,
+    "marks": "#### " * 20_000,
+    "headings": "#### Step\n" * 10_000 + "5",
+    "cues": "answer is " * 10_000 + "5",
+    "open boxes": r"\boxed{" * 15_000,
+    "fractions in fractions": r"\boxed{" + r"\frac{1}{" * 30 + "2" + "}" * 31,
+    "brackets": r"\boxed{" + "(" * 90 + "5" + ")" * 90 + "}",
+    "roots": r"\boxed{" + "+".join(rf"\sqrt{{{n}}}" for n in range(2, 14)) + "}",
+    "signs": "-" * 100_000 + "5",
+    "questions": "\n     Question" * 20_000,
+    "digits": "1" * 100_000,
+    "words": "The cat has 3 apples and 4 pears. " * 3_000,
+}
+
+
+@pytest.mark.parametrize("kind", SLOW)
+def test_no_text_takes_long(kind):
+    final_number(r"1/2+\sqrt{2} on 5 May")  # loads what reads
+    start = time.process_time()
+    final_number(SLOW[kind])
+    assert time.process_time() - start < 0.2
+
+
+def test_long_texts_have_a_rouge():
+    start = time.process_time()
+    value = metrics["rouge_l"](["a b c d " * 5_000], ["b a d c " * 5_000])
+    assert 0.5 < value < 1
+    assert time.process_time() - start < 5
+
+
+def test_many_quotes_take_no_time():
+    start = time.process_time()
+    assert metrics["exact_match"](["'" * 50_000], ["x"]) == 0
+    assert metrics["exact_match"]([". " * 50_000 + "x" + "'." * 20_000], ["x"]) == 0
+    assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_references_of_gsm8k_are_what_stands_behind_their_mark(part):
+    path = ROOT.parent / f"shared/real/gsm8k/{part}.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path.name}: no such file")
+    for line in path.read_text(encoding="utf-8").splitlines():
+        answer = json.loads(line)["answer"]
+        written = answer.split("####")[1].strip().replace(",", "")
+        assert final_number(answer) == int(written), answer
 
 
 @pytest.mark.parametrize("case", read_cases(OWN_CASES))
