@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from .core import InvalidConfigError
+from .core import InvalidConfigError, is_out_of_memory
 from .model import causal_lm, remembered
 
 if TYPE_CHECKING:
@@ -128,15 +128,13 @@ def reason_not_alone(
     compare: Callable,  # Takes the model; returns why its rows are not as they are alone, or ""
 ) -> str:  # What `compare` says, or the error that it ends with
     "Ask once a model and kind of attention. What runs out of memory is raised."
-    from accelerate.utils.memory import should_reduce_batch_size
-
     attention = getattr(causal_lm(model).config, "_attn_implementation", None)
     reasons = remembered(model).rows_together
     if (way, attention) not in reasons:
         try:
             reasons[way, attention] = compare(model)
         except Exception as error:
-            if should_reduce_batch_size(error):
+            if is_out_of_memory(error):
                 raise
             message = str(error).partition("\n")[0]
             reasons[way, attention] = f"{type(error).__name__}: {message}"

@@ -22,7 +22,7 @@ from typing import Any
 
 from .batches import batches, packed_batches, padding_leaks, rows_leak
 from .checkpoints import BestWeights, save_sealed, validations_since_best
-from .core import OutOfMemoryError
+from .core import OutOfMemoryError, is_out_of_memory
 from finetune_kit.loop import (
     Splits,
     batch_loss,
@@ -171,7 +171,6 @@ class StepRunner:
     ) -> Any:  # Tensor (): this process's share of the loss, times the number of processes
         "Add the gradient of a step's loss. `OutOfMemoryError` where not even one row fits."
         import torch
-        from accelerate.utils.memory import should_reduce_batch_size
 
         n_processes = accelerator.num_processes
         n_here = torch.tensor(count_scored(rows), device=accelerator.device)
@@ -180,7 +179,7 @@ class StepRunner:
             try:
                 return self.run_parts(model, rows, n_processes / n_scored, accelerator)
             except Exception as error:
-                if not should_reduce_batch_size(error):
+                if not is_out_of_memory(error):
                     raise
                 if n_processes > 1:  # they would have to agree on parts in the middle of a step
                     raise OutOfMemoryError(
