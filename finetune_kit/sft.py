@@ -33,7 +33,7 @@ from finetune_kit.loop import (
     validates,
     validation_loss,
 )
-from .model import causal_lm
+from .model import causal_lm, remembered
 from .training import TrainConfig, setting, trains_mixed
 
 # %% ../nbs/415_sft.ipynb #1958196e
@@ -146,6 +146,9 @@ def recompute_activations(model):
     "Gradient checkpointing, arXiv:1604.06174."
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
     model.enable_input_require_grads()
+    if remembered(model).backend == "unsloth":
+        for part in (model, causal_lm(model)):  # its trainer sets anew what it noted at the load
+            part._unsloth_gradient_checkpointing = True
 
 
 def recomputes(model) -> bool:
