@@ -101,7 +101,7 @@ def one_gpu(
 def check_gpu(
     model,
 ):
-    "`IncompatibleConfigError` for a model on another GPU than the first, where trainers put theirs."
+    "`IncompatibleConfigError` for a model on a GPU that is not the first: trainers use that one."
     place = model.device.index or 0
     if model.device.type == "cuda" and place and "LOCAL_RANK" not in os.environ:
         raise IncompatibleConfigError(
