@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUANTIZED_BYTES', 'activation_bytes', 'weight_bytes', 'is_patched', 'forecast_apart', 'answer_forecast',
-           'memory_forecast']
+           'memory_forecast', 'gpu_room']
 
 # %% ../nbs/430_memory.ipynb #0c9fbfcc
 import json
@@ -241,3 +241,18 @@ def memory_forecast(
 # %% ../nbs/430_memory.ipynb #05f00023
 if __name__ == "__main__" and len(sys.argv) == 2 and sys.argv[1].startswith("{"):
     answer_forecast(json.loads(sys.argv[1]))
+
+# %% ../nbs/430_memory.ipynb #05f00027
+def gpu_room(
+    need: dict[str, float],  # As from `memory_forecast`
+) -> str:  # "; 14,000 of the GPU's 15,000 MiB are free"; "" without a GPU
+    "Whether a training will fit on the GPU, in words; what to do where it will not."
+    import torch
+
+    if detect_device() != "cuda":
+        return ""
+    free, total = (size / 2**20 for size in torch.cuda.mem_get_info())
+    text = f"; {free:,.0f} of the GPU's {total:,.0f} MiB are free"
+    if need["total"] * 1024 <= free:
+        return text
+    return f"{text}: it may not fit; a smaller batch_size, checkpointing or quant='4bit' takes less"

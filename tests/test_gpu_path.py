@@ -37,6 +37,44 @@ def test_simulated(case):
     assert f"passed {case}" in done.stdout, done.stderr[-3000:]
 
 
+QWEN3_06B = dict(
+    vocab_size=151936,
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_hidden_layers=28,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=128,
+    tie_word_embeddings=True,
+)
+LLAMA_32_1B = dict(
+    vocab_size=128256,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+    tie_word_embeddings=True,
+)
+
+
+@pytest.mark.parametrize("length", [128, 512, 1024])
+@pytest.mark.parametrize("kind, shape", [("qwen3", QWEN3_06B), ("llama", LLAMA_32_1B)])
+def test_the_defaults_fit_a_t4(tmp_path, kind, shape, length):
+    "By the forecast, in 4 bits and fp16: 14 GiB are free on a T4."
+    from transformers import AutoConfig
+
+    from finetune_kit.memory import memory_forecast
+    from finetune_kit.rules import derive_batch_size
+
+    AutoConfig.for_model(kind, **shape).save_pretrained(tmp_path)
+    rows = derive_batch_size([length] * 100, 1).value
+    how = dict(method="qlora", quant="4bit", dtype=torch.float16)
+    need = memory_forecast(tmp_path, rows, length, **how)
+    assert need["total"] < 14, need
+
+
 @pytest.fixture
 def gpu():
     if not torch.cuda.is_available():
