@@ -44,7 +44,7 @@ test: setup ## the notebooks' asserts and kept outputs, then what crosses a proc
 	echo "[2/2] tests/: papermill runs, real weights and data, pages in a browser (the slow ones: make test-all)"
 	python -m pytest tests -q -m "not slow and not gpu" --durations 8 -n 2 --dist loadfile
 
-test-all: setup ## the slow ones and, with a GPU, its tests too
+test-all: setup .triton ## the slow ones and, with a GPU, its tests too
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[harness,mergekit,trackers]"
 	$(TEST) python tests/notebooks.py --n_workers 2 --do_print --flags "slow$(if $(GPU), gpu)"
 	python -m pytest tests -q --durations 8

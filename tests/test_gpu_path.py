@@ -29,7 +29,8 @@ def test_simulated(case):
     done = subprocess.run(
         [sys.executable, "tests/gpu_simulation.py", case],
         cwd=ROOT,
-        env=os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, paths))),
+        env=os.environ
+        | dict(PYTHONPATH=os.pathsep.join(filter(None, paths)), CUDA_VISIBLE_DEVICES=""),
         capture_output=True,
         text=True,
         timeout=1200,
@@ -90,8 +91,8 @@ def rows_of_text(tokenizer):
     return {name: encode_rows(rows, tokenizer) for name, rows in splits.items()}
 
 
-def trained(backend, device=None, **dials):
-    "The validation losses of ten steps without layer 7."
+def trained(backend, device=None, on_log=None, folder=None, **dials):
+    "The result of ten steps without layer 7."
     from finetune_kit.model import load_model
     from finetune_kit.plan import drop
     from finetune_kit.surgery import apply_plan
@@ -103,7 +104,7 @@ def trained(backend, device=None, **dials):
     dtype = weights_dtype(cfg) if device is None else torch.float32
     model, tokenizer = load_model("data/tiny-base", quant, backend, dtype, device)
     model = apply_plan(model, drop(model, 7))
-    return train(model, tokenizer, rows_of_text(tokenizer), cfg)
+    return train(model, tokenizer, rows_of_text(tokenizer), cfg, on_log, folder)
 
 
 @pytest.mark.gpu
@@ -156,3 +157,17 @@ def test_where_memory_is_short_the_loss_is_the_same(gpu):
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert any("out of memory" in note for note in halved.notes)
     assert halved.log.loss.tolist() == pytest.approx(whole.log.loss.tolist(), rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["transformers", "unsloth"])
+def test_an_interrupted_training_goes_on(gpu, backend, tmp_path):
+    def stop(line):
+        if line["step"] == 5:
+            raise KeyboardInterrupt
+
+    whole = trained(backend)
+    with pytest.raises(KeyboardInterrupt):
+        trained(backend, on_log=stop, folder=tmp_path, save_every=2)
+    resumed = trained(backend, folder=tmp_path, save_every=2)
+    assert resumed.log.loss.tolist() == pytest.approx(whole.log.loss.tolist(), rel=1e-2)
