@@ -1,5 +1,5 @@
 # finetune_kit: `make report` and `make test` set up what they need on a machine with Python 3.11+ and make.
-.PHONY: setup report real test test-all architectures lint typecheck outputs docs readme lab
+.PHONY: setup report real test test-all simulation architectures lint typecheck outputs docs readme lab
 .ONESHELL:
 .SHELLFLAGS := -ec
 
@@ -44,10 +44,17 @@ test: setup ## the notebooks' asserts and kept outputs, then what crosses a proc
 	echo "[2/2] tests/: papermill runs, real weights and data, pages in a browser (the slow ones: make test-all)"
 	python -m pytest tests -q -m "not slow and not gpu" --durations 8 -n 2 --dist loadfile
 
-test-all: setup ## the slow ones and, with a GPU, its tests too
+test-all: setup .triton ## the slow ones and, with a GPU, its tests too
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[harness,mergekit,trackers]"
 	$(TEST) python tests/notebooks.py --n_workers 2 --do_print --flags "slow$(if $(GPU), gpu)"
 	python -m pytest tests -q --durations 8
+
+# Triton stays out of .venv: with a CPU torch, other packages would take it for a sign of a GPU
+.triton:
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ "triton==3.9.*"
+
+simulation: setup .triton ## unsloth's CUDA code on CPU tensors: the faults that only a GPU had shown
+	@$(TEST) python -m pytest tests/test_gpu_path.py -q -m "not gpu"
 
 # The page is printed at the end; the exit status tells of faults
 architectures: setup ## every type of model that transformers has, tiny: what the kit does with it, as a page of the guide

@@ -9,6 +9,7 @@ __all__ = ['install']
 import os
 import subprocess
 import sys
+from configparser import ConfigParser
 from importlib.metadata import PackageNotFoundError, version
 
 # %% ../nbs/030_colab.ipynb #5c78ec0d
@@ -23,6 +24,27 @@ def _is_installed() -> bool:
     except PackageNotFoundError:
         return False
 
+# %% ../nbs/030_colab.ipynb #05f00081
+def _notebook():
+    "IPython's shell; None where this is no notebook."
+    ipython = sys.modules.get("IPython")
+    return ipython.get_ipython() if ipython else None
+
+
+def _pip(*arguments):
+    "Install, by %pip in a notebook: so Colab offers to start the kernel anew where that is needed."
+    shell = _notebook()
+    if shell:
+        shell.run_line_magic("pip", " ".join(arguments))
+        code = shell.user_ns.get("_exit_code", 0)
+    else:
+        code = subprocess.run([sys.executable, "-m", "pip", *arguments]).returncode
+    if code:
+        raise RuntimeError(
+            f"pip {' '.join(arguments)} ended with code {code}; its message stands above. If PyPI "
+            "could not be reached, run this cell again; else restart the runtime, and begin with it"
+        )
+
 # %% ../nbs/030_colab.ipynb #182d114c
 def install(
     folder: str,  # The checkout: "/content/finetune-kit"
@@ -30,8 +52,7 @@ def install(
     """
     Install the checkout with what it needs, and go there; a second time only that.
 
-    Without a GPU it says how to get one, and leaves out the packages that need CUDA.
-    Raises `RuntimeError` with pip's message where that fails.
+    Without a GPU it says how to get one, and leaves out unsloth. `RuntimeError` where pip fails.
     """
     has_gpu = _has_gpu()
     if not has_gpu:
@@ -40,9 +61,11 @@ def install(
             "the embedded model takes minutes on the CPU."
         )
     if not _is_installed():
-        package = folder + ("[gpu]" if has_gpu else "")
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--editable", package]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
+        if has_gpu:
+            settings = ConfigParser(delimiters=["="])
+            settings.read(os.path.join(folder, "settings.ini"), encoding="utf-8")
+            kit = settings["DEFAULT"]
+            _pip("install", "--quiet", "--no-deps", *kit["cpu_nodeps"].split())
+            _pip("install", "--quiet", *kit["cpu_requirements"].split())
+        _pip("install", "--quiet", "--editable", folder)  # last: it is what `_is_installed` sees
     os.chdir(folder)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Quantisation', 'Backend', 'MathVariant', 'PRECISIONS', 'metric_names', 'RunConfig', 'plan_of', 'check_run',
-           'derive_evaluation', 'context_of', 'derive_run', 'reasons', 'HealConfig', 'StudyConfig', 'check_study',
-           'SpeedConfig', 'config_from', 'executed_parameters', 'read_dials']
+           'derive_evaluation', 'derive_run', 'reasons', 'HealConfig', 'StudyConfig', 'check_study', 'SpeedConfig',
+           'config_from', 'executed_parameters', 'read_dials']
 
 # %% ../nbs/525_dials.ipynb #da7f1430
 import importlib.util
@@ -36,7 +36,7 @@ from finetune_kit.declaration import (
     parse_parameters,
 )
 from .lengths import Lengths, data_lengths
-from .model import model_config
+from .model import context_of, model_config
 from .plan import LayerPlan, drop, prune_after
 from .rendering import templates
 from finetune_kit.rules import (
@@ -184,7 +184,7 @@ def _check_attention(cfg: RunConfig):
 
 
 def _check_length(cfg: RunConfig, base):
-    longest = getattr(base.get_text_config(), "max_position_embeddings", None)
+    longest = context_of(base)
     if longest and cfg.max_length and cfg.max_length > longest:
         raise InvalidConfigError(
             f"max_length={cfg.max_length} not in 8..{longest}, the context of {cfg.model}; set "
@@ -230,13 +230,6 @@ def derive_evaluation(
         usual = percentile(lengths.held_out, 0.5)
         derived[items] = derive_items(n_held_out, usual, answer_tokens, most)
     return derived
-
-
-def context_of(
-    config,  # transformers' `PretrainedConfig`
-) -> int | None:  # Tokens; None where it says none
-    "The longest input of a model."
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 # %% ../nbs/525_dials.ipynb #1e52ab75
 def derive_run(

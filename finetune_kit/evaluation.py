@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from .batches import batches
-from .core import MetricComputationError
+from .core import MetricComputationError, is_out_of_memory
 from .infer import generate
 from .intervals import ends_of, interval, share_limits
 from .logs import log
@@ -149,13 +149,13 @@ def metric_items(
 # %% ../nbs/335_evaluation.ipynb #f091d3d5
 def _answers(model, tokenizer, prompts, max_new_tokens, batch_size, template, report) -> list[str]:
     "As `generate`; where memory runs out, anew with half as many prompts at a time."
-    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+    from accelerate.utils.memory import clear_device_cache
 
     while True:
         try:
             return generate(model, tokenizer, prompts, max_new_tokens, batch_size, template, report)
         except Exception as error:
-            if not should_reduce_batch_size(error) or batch_size == 1:
+            if not is_out_of_memory(error) or batch_size == 1:
                 raise
         batch_size //= 2  # behind the except, which would keep the tensors alive
         clear_device_cache(garbage_collection=True)

@@ -18,6 +18,7 @@ import finetune_kit
 from .core import ROOT, detect_device, digest, resolve_path
 from .gguf_header import file_digest, gguf_file, is_gguf
 from .plan import LayerPlan
+from .rules import derive_dtype
 from .settings import StrictConfig
 from .sources import resolve_source
 
@@ -89,6 +90,16 @@ def _loader(backend: str) -> str:
         return backend
     return "unsloth" if importlib.util.find_spec("unsloth") else "transformers"
 
+
+def _numbers(device: str) -> str:  # "bfloat16"
+    "What a model computes in where nobody sets it."
+    has_bf16 = device == "cuda"  # as clusters have it, where the device is elsewhere
+    if has_bf16 and detect_device() == "cuda":
+        import torch
+
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return derive_dtype("lora", device, has_bf16).value
+
 # %% ../nbs/530_identity.ipynb #d4c7af10
 def content_hashes(
     experiment: str,  # The notebook's name, whose code counts
@@ -101,6 +112,7 @@ def content_hashes(
     """
     What the run stands on, in digests. A config without a model or data has no digest of it.
 
+    A GPU elsewhere is taken for one that has bf16; set `dtype` where it has not.
     Raises `DatasetLoadError` where the dial `data` names no data.
     """
     model = getattr(cfg, "model", None)
@@ -116,7 +128,9 @@ def content_hashes(
         hashes["model"] = _model_digest(model)
         hashes["template"] = _template_digest(model, getattr(cfg, "template", None))
     loader = _loader(getattr(cfg, "backend", "auto"))
-    return hashes | dict(machine=digest([device or detect_device(), loader]))
+    device = device or detect_device()
+    numbers = getattr(cfg, "dtype", None) or _numbers(device)
+    return hashes | dict(machine=digest([device, numbers, loader]))
 
 # %% ../nbs/530_identity.ipynb #e68a0daf
 def _cut_name(plan: LayerPlan) -> str:  # "whole", "drop7", "drop8-11", "drop1_3"

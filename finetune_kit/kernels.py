@@ -274,7 +274,8 @@ class RunTask:
         if not (folder / "run.json").exists():
             return (
                 f"it ran, but not as {self.id}: code, data or model changed since the sweep began, "
-                f"or it ran on {detect_device()} and was planned for another device; start it again"
+                f"or it ran on {detect_device()} and was planned for another device, or for a GPU "
+                "that has bf16 (then set dtype); start it again"
             )
         status = read_record(folder)["status"]
         return "" if status == "done" else f"the notebook ended without run.finish(...): {status}"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['job_nodes', 'check_processes', 'Job', 'write_job', 'read_job', 'add_log_line', 'new_log_lines', 'write_error',
            'raise_error', 'write_result', 'read_result', 'torchrun_command', 'slurm_command', 'first_node_address',
-           'launch_command', 'run_processes', 'end_with_parent', 'train_in_processes']
+           'launch_command', 'run_processes', 'end_with_parent', 'off_gpu', 'train_in_processes']
 
 # %% ../nbs/420_processes.ipynb #8bfe96c1
 import importlib
@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -319,6 +319,25 @@ def end_with_parent(
 
     threading.Thread(target=watch, daemon=True).start()
 
+# %% ../nbs/420_processes.ipynb #05f00052
+@contextmanager
+def off_gpu(
+    model,  # Any model; one in 8 bits cannot be moved, and stays
+):
+    "Within the block the model is in main memory."
+    import torch
+
+    device = model.device
+    moves = device.type == "cuda" and not getattr(model, "is_loaded_in_8bit", False)
+    if moves:
+        model.to("cpu")
+        torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        if moves:
+            model.to(device)
+
 # %% ../nbs/420_processes.ipynb #25c1efca
 def train_in_processes(
     model,  # Without adapters
@@ -341,5 +360,6 @@ def train_in_processes(
     with tempfile.TemporaryDirectory(dir=shared_disk) as temporary:
         job = Path(temporary).resolve()
         write_job(job, model, tokenizer, split_dataset(dataset), cfg, folder)
-        run_processes(launch_command(cfg.nproc, nodes, job), job, on_log)
+        with off_gpu(model):
+            run_processes(launch_command(cfg.nproc, nodes, job), job, on_log)
         return read_result(job, model, cfg)

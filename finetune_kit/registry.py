@@ -28,13 +28,12 @@ from finetune_kit.dials import (
     Backend,
     MathVariant,
     Quantisation,
-    context_of,
     derive_evaluation,
     metric_names,
 )
 from .lengths import data_lengths
 from .logs import log
-from .model import model_config
+from .model import context_of, model_config
 from .record import Run, open_run, read_record
 from .rules import Derived, derive_batch_size
 from .scores import ANSWER_METRICS

@@ -15,7 +15,12 @@ import numpy as np
 import pandas as pd
 
 from .batches import exact_batches, rows_alone
-from .core import InvalidConfigError, MetricComputationError, OutOfMemoryError
+from finetune_kit.core import (
+    InvalidConfigError,
+    MetricComputationError,
+    OutOfMemoryError,
+    is_out_of_memory,
+)
 from .intervals import ANY_VALUE, interval, share_limits
 from .logs import log
 from .model import causal_lm
@@ -175,7 +180,7 @@ class _Sums(NamedTuple):
 
 def _sums_of(model, batch: dict) -> _Sums:
     "The sums of a batch, in halves where it does not fit. `OutOfMemoryError` where no row fits."
-    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+    from accelerate.utils.memory import clear_device_cache
 
     try:
         losses, scored = token_losses(model, batch)
@@ -183,7 +188,7 @@ def _sums_of(model, batch: dict) -> _Sums:
         return _Sums(row_sums(losses, lengths), row_sums(scored.long(), lengths))
     except Exception as error:
         halves = _halves(batch)
-        if not should_reduce_batch_size(error):
+        if not is_out_of_memory(error):
             raise
         if not halves:
             raise OutOfMemoryError(

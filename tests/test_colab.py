@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from finetune_kit import colab
 
@@ -44,21 +47,63 @@ def test_it_pins_what_is_released():
     ini.read(ROOT / "settings.ini")
     kit = ini["DEFAULT"]
     strings = re.findall(r'"([^"]*)"', CELL)
-    for pinned in (kit["git_url"], f"v{kit['version']}"):
-        assert strings.count(pinned) == 1, f"no {pinned} in the first cells of the experiments"
+    assert strings.count(f"v{kit['version']}") == 1
+    assert sum(text.endswith(kit["git_url"]) for text in strings) == 1
     assert all("==" in requirement for requirement in kit["gpu_requirements"].split())
 
 
+# What the runtime itself is built on: another version would break it, or ask to start anew
+RUNTIME = {"torch", "numpy", "pandas", "ipython", "ipykernel", "jupyter-client", "tornado"}
+RUNTIME |= {"psutil", "rich", "accelerate"}
+# What the kit replaces, since it needs newer ones, and nothing else in the runtime minds
+REPLACED = {"transformers", "datasets", "peft"}
+
+
+def frozen():
+    "Name → version in Colab's runtime."
+    lines = (ROOT / "tests/colab_freeze.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): Version(version) for name, version in pairs}
+
+
+def test_requirements_leave_colabs_runtime_as_it_is():
+    ini = ConfigParser(delimiters=["="])
+    ini.read(ROOT / "settings.ini")
+    kit = ini["DEFAULT"]
+    assert Version("3.12") >= Version(kit["min_python"])
+    asked = (kit["requirements"] + " " + kit["cpu_requirements"]).split()
+    runtime = frozen()
+    refused = set()
+    for requirement in map(Requirement, asked):
+        version = runtime.get(canonicalize_name(requirement.name))
+        if version and not requirement.specifier.contains(version, prereleases=True):
+            refused.add(canonicalize_name(requirement.name))
+    assert refused == REPLACED
+    assert set(runtime) - REPLACED <= RUNTIME
+
+
+def test_unsloth_goes_in_without_its_own_torch():
+    "As in unsloth's notebooks for Colab."
+    ini = ConfigParser(delimiters=["="])
+    ini.read(ROOT / "settings.ini")
+    without_dependencies = ini["DEFAULT"]["cpu_nodeps"].split()
+    assert ini["DEFAULT"]["gpu_requirements"] in without_dependencies
+    names = {Requirement(text).name for text in without_dependencies}
+    assert not names & {"torch", "torchvision", "xformers", "triton"}
+
+
 def stand_in(commands, gpu, fails):
-    "For `subprocess.run`: it keeps the commands and carries none out."
+    "For `subprocess.run` and `os.system`: it keeps the commands and carries none out."
 
     def run(command, **kwargs):
         line = command if isinstance(command, str) else " ".join(command)
         commands.append(line.replace(sys.executable, "python"))
-        if "clone" in command:
-            Path(command[-1]).mkdir(parents=True)
-        is_bad = (fails and fails in commands[-1]) or ("nvidia-smi" in command and not gpu)
-        return types.SimpleNamespace(returncode=int(bool(is_bad)), stderr="no such thing")
+        if "clone" in line:
+            folder = Path(line.split()[-1])
+            folder.mkdir(parents=True)
+            shutil.copy(ROOT / "settings.ini", folder)
+        is_bad = (fails and fails in commands[-1]) or ("nvidia-smi" in line and not gpu)
+        return types.SimpleNamespace(returncode=int(bool(is_bad)))
 
     return run
 
@@ -72,9 +117,12 @@ def ran(monkeypatch, tmp_path, gpu=True, fails=None, installed=False):
             raise importlib.metadata.PackageNotFoundError(name)
         return "0.1.0"
 
+    run = stand_in(commands, gpu, fails)
     monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
-    monkeypatch.setattr(subprocess, "run", stand_in(commands, gpu, fails))
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(os, "system", lambda command: run(command).returncode)
     monkeypatch.setattr(colab, "version", version)
+    monkeypatch.setattr(colab, "_notebook", lambda: None)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
     exec(CELL.replace("/content", str(tmp_path)), {})
@@ -83,12 +131,13 @@ def ran(monkeypatch, tmp_path, gpu=True, fails=None, installed=False):
 
 def test_on_colab(monkeypatch, tmp_path, capsys):
     folder = tmp_path / "finetune-kit"
-    clone = "git clone --quiet --depth 1 --branch v0.1.0"
-    assert ran(monkeypatch, tmp_path) == [
-        f"{clone} https://github.com/finetune-kit/finetune_kit {folder}",
-        "nvidia-smi -L",
-        f"python -m pip install --quiet --editable {folder}[gpu]",
-    ]
+    clone, look, unsloth, its_needs, kit = ran(monkeypatch, tmp_path)
+    source = "--depth 1 --branch v0.1.0 https://github.com/finetune-kit/finetune_kit"
+    assert clone == f"git clone --quiet {source} {folder}"
+    assert look == "nvidia-smi -L"
+    assert unsloth.startswith("python -m pip install --quiet --no-deps unsloth==")
+    assert its_needs.startswith("python -m pip install --quiet tyro")
+    assert kit == f"python -m pip install --quiet --editable {folder}"
     assert Path.cwd() == folder
     assert sys.path[0] == str(folder)
     assert capsys.readouterr().out == ""
@@ -97,17 +146,18 @@ def test_on_colab(monkeypatch, tmp_path, capsys):
 
 
 def test_on_colab_without_a_gpu(monkeypatch, tmp_path, capsys):
-    install = ran(monkeypatch, tmp_path, gpu=False)[-1]
-    assert install.endswith("finetune-kit"), "unsloth would bring CUDA packages"
+    _, _, install = ran(monkeypatch, tmp_path, gpu=False)
+    assert install.endswith("finetune-kit"), "there is no use for unsloth"
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert "T4 GPU" in said
 
 
-def test_what_goes_wrong_is_shown(monkeypatch, tmp_path):
-    with pytest.raises(AssertionError, match="no such thing"):
+def test_what_goes_wrong_says_what_to_do(monkeypatch, tmp_path):
+    with pytest.raises(AssertionError, match=r"unzip the repository's archive as .*finetune-kit"):
         ran(monkeypatch, tmp_path, fails="git clone")
-    with pytest.raises(RuntimeError, match=r"pip install.*no such thing"):
+    shutil.rmtree(tmp_path / "finetune-kit")
+    with pytest.raises(RuntimeError, match=r"pip install.*run this cell again"):
         ran(monkeypatch, tmp_path, fails="pip install")
 
 
