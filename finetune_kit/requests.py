@@ -232,6 +232,8 @@ class Request:
     text: str = ""  # The answer, without special tokens
     # Why it ended: "stop" (end of turn, or a stop string), "length", "cancelled"; None: it goes on
     reason: str | None = None
+    prompt_text: str = ""  # Where a client wants the prompt back before the answer: that text
+    prompt_scores: list[TokenScore | None] = field(default_factory=list)  # As from `score_prompt`
     n_sent: int = 0  # Characters of `text` that `on_text` has got
     generator: Any = None  # torch's, made at the first draw
     own_logits: Any = None  # The model's for the next token, kept where it is to be scored
