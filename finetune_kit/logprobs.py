@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['byte_letters', 'token_bytes', 'TokenScore', 'score_token', 'score_prompt']
 
-# %% ../nbs/312_logprobs.ipynb #fc2ba1f3
+# %% ../nbs/312_logprobs.ipynb #e81a9313
 import re
 from dataclasses import dataclass
 
-# %% ../nbs/312_logprobs.ipynb #e1a54a2d
+# %% ../nbs/312_logprobs.ipynb #e3563c8c
 _SINGLE_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -46,14 +46,14 @@ def token_bytes(
         return bytes([int(single_byte[1], 16)])
     return piece.replace("▁", " ").encode()
 
-# %% ../nbs/312_logprobs.ipynb #2cc40e53
+# %% ../nbs/312_logprobs.ipynb #71ae7432
 @dataclass(frozen=True)
 class TokenScore:
     "A token and how likely it was."
 
     token: int  # Its id
     data: bytes  # As from `token_bytes`
-    logprob: float  # Natural logarithm of its probability, 0 or less
+    logprob: float | None  # Natural logarithm of its probability; None: nothing came before it
     top: tuple["TokenScore", ...] = ()  # The likeliest tokens in its place, likeliest first
 
     @property
@@ -83,13 +83,13 @@ def score_prompt(
     ids: list[int],  # A text's tokens
     n_top: int,  # As for `score_token`
     tokenizer,
-) -> list[TokenScore | None]:  # For each token; None for the first, which nothing precedes
+) -> list[TokenScore]:  # For each token; nothing precedes the first
     "How likely each token of a text is after those before it."
     import torch
 
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0]
-    scores: list[TokenScore | None] = [None]
+    scores = [TokenScore(ids[0], token_bytes(tokenizer, ids[0]), None)]
     for place in range(1, len(ids)):
         scores.append(score_token(logits[place - 1], ids[place], n_top, tokenizer))
     return scores

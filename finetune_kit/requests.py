@@ -150,7 +150,7 @@ def draw_token(
     place = torch.multinomial(p * (before < top_p), 1, generator=generator)
     return order[place].item()
 
-# %% ../nbs/315_requests.ipynb #5763cace
+# %% ../nbs/315_requests.ipynb #e235b2a9
 def biased_logits(
     logits,  # Tensor (vocabulary,)
     new_ids: list[int],  # The answer so far
@@ -233,7 +233,7 @@ class Request:
     # Why it ended: "stop" (end of turn, or a stop string), "length", "cancelled"; None: it goes on
     reason: str | None = None
     prompt_text: str = ""  # Where a client wants the prompt back before the answer: that text
-    prompt_scores: list[TokenScore | None] = field(default_factory=list)  # As from `score_prompt`
+    prompt_scores: list[TokenScore] = field(default_factory=list)  # As from `score_prompt`
     n_sent: int = 0  # Characters of `text` that `on_text` has got
     generator: Any = None  # torch's, made at the first draw
     own_logits: Any = None  # The model's for the next token, kept where it is to be scored
