@@ -96,10 +96,9 @@ class Body(Strict):
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES, strict=True)] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    logit_bias: (
-        Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
-        | None
-    ) = None
+    logit_bias: Annotated[
+        dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)
+    ] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     domain: str | None = Field(
@@ -158,7 +157,7 @@ class Body(Strict):
         "Whether the prompt comes back before the answer."
         return False
 
-# %% ../nbs/810_protocol.ipynb #5f22c5e0
+# %% ../nbs/810_protocol.ipynb #870ddcc1
 class TemplateSwitches(Strict):
     "What a request may say to the chat template."
 
@@ -218,7 +217,7 @@ class ChatBody(Body):
         "OpenAI's newer name wins."
         return self.max_completion_tokens or self.max_tokens
 
-# %% ../nbs/810_protocol.ipynb #543f8232
+# %% ../nbs/810_protocol.ipynb #51063f47
 Text = Annotated[str, Field(min_length=1)]
 StrictId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 Tokens = Annotated[list[StrictId], Field(min_length=1)]
@@ -236,13 +235,6 @@ class TextBody(Body):
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS, strict=True)] | None = None
     best_of: Annotated[int, Field(ge=1, strict=True)] | None = None
     suffix: Literal[""] | None = None
-
-    @field_validator("max_tokens")
-    @classmethod
-    def _check_max_tokens(cls, max_tokens, info):
-        if max_tokens == 0 and not info.data.get("echo"):
-            raise ValueError("0 tokens are an answer only with echo: true")
-        return max_tokens
 
     @field_validator("best_of")
     @classmethod
@@ -268,19 +260,11 @@ class TextBody(Body):
         "Whether the prompt comes back before the answer."
         return bool(self.echo)
 
-# %% ../nbs/810_protocol.ipynb #8da2ead5
+# %% ../nbs/810_protocol.ipynb #c6449e10
 def field_names() -> set[str]:
     "The fields of all bodies."
     names: set[str] = set()
-    for body in (
-        Part,
-        Message,
-        StreamOptions,
-        TemplateSwitches,
-        ResponseFormat,
-        ChatBody,
-        TextBody,
-    ):
+    for body in (Part, Message, StreamOptions, TemplateSwitches, ResponseFormat, ChatBody, TextBody):
         names.update(body.model_fields)
     return names
 
@@ -342,7 +326,7 @@ def error_body(
         kind = "server_error"
     return dict(error=dict(message=message, type=kind, param=param, code=code))
 
-# %% ../nbs/810_protocol.ipynb #141c081a
+# %% ../nbs/810_protocol.ipynb #06d2713f
 def chat_logprobs(
     scores: list[TokenScore] | None,  # None: none were asked for
 ) -> dict | None:
