@@ -157,7 +157,7 @@ class Body(Strict):
         "Whether the prompt comes back before the answer."
         return False
 
-# %% ../nbs/810_protocol.ipynb #870ddcc1
+# %% ../nbs/810_protocol.ipynb #5f22c5e0
 class TemplateSwitches(Strict):
     "What a request may say to the chat template."
 
@@ -217,7 +217,7 @@ class ChatBody(Body):
         "OpenAI's newer name wins."
         return self.max_completion_tokens or self.max_tokens
 
-# %% ../nbs/810_protocol.ipynb #51063f47
+# %% ../nbs/810_protocol.ipynb #446e0325
 Text = Annotated[str, Field(min_length=1)]
 StrictId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 Tokens = Annotated[list[StrictId], Field(min_length=1)]
@@ -260,7 +260,7 @@ class TextBody(Body):
         "Whether the prompt comes back before the answer."
         return bool(self.echo)
 
-# %% ../nbs/810_protocol.ipynb #c6449e10
+# %% ../nbs/810_protocol.ipynb #8da2ead5
 def field_names() -> set[str]:
     "The fields of all bodies."
     names: set[str] = set()
@@ -326,7 +326,7 @@ def error_body(
         kind = "server_error"
     return dict(error=dict(message=message, type=kind, param=param, code=code))
 
-# %% ../nbs/810_protocol.ipynb #06d2713f
+# %% ../nbs/810_protocol.ipynb #141c081a
 def chat_logprobs(
     scores: list[TokenScore] | None,  # None: none were asked for
 ) -> dict | None:
