@@ -1,5 +1,7 @@
-"""An exported, cut and healed model behind `transformers serve`: the same text as from the kit's own
-service, asked by the public `openai` client."""
+"""An exported, cut and healed model behind `transformers serve`, asked by the `openai` client.
+
+Greedy text is the one that the kit's own service gives.
+"""
 
 import contextlib
 import json
@@ -11,7 +13,6 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 openai = pytest.importorskip("openai")
 QUESTIONS = [
