@@ -67,6 +67,11 @@ class Job:
         return "messages" if is_chat else "prompt"
 
     @property
+    def is_finished(self) -> bool:
+        "Whether the answer is complete."
+        return self.request is not None and self.request.reason is not None
+
+    @property
     def turn(self) -> int:
         "Tokens that it got since it joined."
         return len(self.request.new_ids) - self.n_before if self.request else 0
@@ -154,7 +159,7 @@ def job_ids(
     n_vocabulary: int,  # Tokens that the model knows
 ) -> list[int]:
     "A job's prompt in tokens. `InvalidConfigError` for ids that the model does not have."
-    if isinstance(job.prompt, list) and isinstance(job.prompt[0], int):
+    if not isinstance(job.prompt, str) and isinstance(job.prompt[0], int):
         unknown = [token for token in job.prompt if not 0 <= token < n_vocabulary]
         if unknown:
             raise InvalidConfigError(f"token {unknown[0]} not in 0..{n_vocabulary - 1}")
@@ -192,13 +197,13 @@ def checked_ids(
         raise RefusedError(message, "logit_bias")
     return ids
 
-# %% ../nbs/805_engine.ipynb #84bd3f1a
+# %% ../nbs/805_engine.ipynb #e04cfcaf
 def prepare(
     job: Job,  # Gets its `request`
     model,
     tokenizer,
     max_prompt: int | None,  # Longest prompt, in tokens
-) -> bool:  # Whether it can be answered; if not, the error was sent
+) -> Request | None:  # `job.request`; None where it cannot be answered: the error was sent
     "Tokenize a job's prompt, and check it."
     try:
         with refusing(job.prompt_field):
@@ -208,22 +213,19 @@ def prepare(
         with refusing(None):
             job.request = Request(ids, **options, on_text=job.send, cancelled=job.cancelled)
         if job.echo:
-            echo_prompt(job, model, tokenizer)
+            echo_prompt(job, job.request, model, tokenizer)
     except RefusedError as error:
         job.send(error)
     except Exception as error:
         message = f"the chat template refuses these messages: {error}"
         job.send(RefusedError(message, job.prompt_field))
-    return job.request is not None
+    return job.request
 
 
-def echo_prompt(job: Job, model, tokenizer):
+def echo_prompt(job: Job, request: Request, model, tokenizer):
     "Send the prompt, as text, before the answer; score its tokens where the answer's are."
-    request = job.request
-    if request is None:
-        return
-    is_text = isinstance(job.prompt, str)
-    request.prompt_text = job.prompt if is_text else tokenizer.decode(request.ids)
+    prompt = job.prompt
+    request.prompt_text = prompt if isinstance(prompt, str) else tokenizer.decode(request.ids)
     if request.top_logprobs is not None:
         n_top = request.top_logprobs
         request.prompt_scores = score_prompt(model, request.ids, n_top, tokenizer)
@@ -345,7 +347,7 @@ def next_jobs(engine: Engine) -> list[Job]:
             taken.append(job)
     return taken
 
-# %% ../nbs/805_engine.ipynb #24a1efb4
+# %% ../nbs/805_engine.ipynb #0e1a044c
 def start(
     engine: Engine,
     jobs: list[Job],  # Of one model
@@ -361,14 +363,15 @@ def start(
         return
     served = engine.served[key]
     for job in jobs:
-        if job.request is None and not prepare(job, model, tokenizer, engine.max_prompt):
+        request = job.request or prepare(job, model, tokenizer, engine.max_prompt)
+        if request is None:
             continue
         if job.options["max_new_tokens"] == 0:
-            job.request.reason = "length"
-            job.send(job.request)
+            request.reason = "length"
+            job.send(request)
             continue
-        job.n_before = len(job.request.new_ids)
-        served.batch.join([job.request])
+        job.n_before = len(request.new_ids)
+        served.batch.join([request])
         served.jobs.append(job)
 
 
@@ -386,9 +389,9 @@ def step(
         fail(served.jobs, error)
         served.jobs = []
     for job in served.jobs:
-        if job.request.reason:
+        if job.is_finished:
             job.send(job.request)
-    served.jobs = [job for job in served.jobs if not job.request.reason]
+    served.jobs = [job for job in served.jobs if not job.is_finished]
     if not served.jobs:
         del engine.served[key]
 

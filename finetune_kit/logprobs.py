@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['byte_letters', 'token_bytes', 'TokenScore', 'score_token', 'score_prompt']
 
-# %% ../nbs/312_logprobs.ipynb #e81a9313
+# %% ../nbs/312_logprobs.ipynb #fc2ba1f3
 import re
 from dataclasses import dataclass
 
-# %% ../nbs/312_logprobs.ipynb #e3563c8c
+# %% ../nbs/312_logprobs.ipynb #8a432ba9
 _SINGLE_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -26,7 +26,8 @@ _LETTERS = byte_letters()
 
 def _is_byte_level(tokenizer) -> bool:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return bool(backend and backend.decoder) and b"ByteLevel" in backend.decoder.__getstate__()
+    decoder = backend.decoder if backend else None
+    return decoder is not None and b"ByteLevel" in decoder.__getstate__()
 
 
 def token_bytes(
@@ -46,7 +47,7 @@ def token_bytes(
         return bytes([int(single_byte[1], 16)])
     return piece.replace("▁", " ").encode()
 
-# %% ../nbs/312_logprobs.ipynb #71ae7432
+# %% ../nbs/312_logprobs.ipynb #49ce246b
 @dataclass(frozen=True)
 class TokenScore:
     "A token and how likely it was."

@@ -96,9 +96,10 @@ class Body(Strict):
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES, strict=True)] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    logit_bias: Annotated[
-        dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)
-    ] | None = None
+    logit_bias: (
+        Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
+        | None
+    ) = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     domain: str | None = Field(
@@ -264,7 +265,15 @@ class TextBody(Body):
 def field_names() -> set[str]:
     "The fields of all bodies."
     names: set[str] = set()
-    for body in (Part, Message, StreamOptions, TemplateSwitches, ResponseFormat, ChatBody, TextBody):
+    for body in (
+        Part,
+        Message,
+        StreamOptions,
+        TemplateSwitches,
+        ResponseFormat,
+        ChatBody,
+        TextBody,
+    ):
         names.update(body.model_fields)
     return names
 

@@ -186,10 +186,10 @@ def test_echo_scores_a_text(client, twin):
     assert by_ids.text == f"<s>{text}"
 
     # The answer's scores come after the prompt's
-    longer = complete(client, prompt=ids, echo=True, logprobs=0, max_tokens=3).choices[0]
-    assert longer.logprobs.token_logprobs[: len(ids)] == logprobs.token_logprobs
-    assert len(longer.logprobs.tokens) == len(ids) + 3
-    assert longer.text.startswith(by_ids.text)
+    longer = complete(client, prompt=ids[:4], echo=True, logprobs=0, max_tokens=3).choices[0]
+    assert longer.logprobs.token_logprobs[:4] == logprobs.token_logprobs[:4]
+    assert len(longer.logprobs.tokens) == 4 + 3
+    assert longer.text.startswith("<s>The otter lives")
 
 
 def test_prompts_in_tokens(client, twin):
