@@ -12,6 +12,7 @@ __all__ = ['DownloadArgument', 'ModelArgument', 'QuestionArgument', 'SystemOptio
            'export', 'check_form', 'exported_folder', 'upload']
 
 # %% ../nbs/915_cli_use.ipynb #9a3dd8b4
+import contextlib
 import json
 import sys
 import tempfile
@@ -231,7 +232,8 @@ def serve(
         engine=engine,
         allowed_hosts=hosts,
     )
-    server_of(service, host, port).run()
+    with contextlib.suppress(KeyboardInterrupt):  # ends it, after the last answer
+        server_of(service, host, port).run()
 
 
 OfferedModels = Annotated[

@@ -7,7 +7,7 @@ __all__ = ['PROMPT_TOKENS', 'kept_columns', 'align_layer', 'align_cache', 'appen
            'RunningBatch', 'read_tokens', 'own_processors', 'take_tokens', 'watched_steps', 'steps_leak', 'WholeBatch',
            'running_batch']
 
-# %% ../nbs/322_steps.ipynb #16536acd
+# %% ../nbs/322_steps.ipynb #4e982cd5
 import inspect
 from typing import Any
 
@@ -17,7 +17,7 @@ from .logs import log
 from .model import causal_lm
 from .requests import Request, check_room, context
 
-# %% ../nbs/322_steps.ipynb #6771aa93
+# %% ../nbs/322_steps.ipynb #d735399c
 def kept_columns(
     layer,  # Of a transformers cache
     width: int,  # Tokens of the longest row, padding included
@@ -71,22 +71,20 @@ def foreign_layers(
     known = (DynamicLayer, DynamicSlidingWindowLayer)
     return sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in known})
 
-# %% ../nbs/322_steps.ipynb #989534d2
+# %% ../nbs/322_steps.ipynb #683f8eaa
 PROMPT_TOKENS = 2048  # Read in one step, padding included, so that others are not held up for long
 
 
 def next_prompts(
-    waiting: list[Request],  # Shortest first
+    waiting: list[Request],  # In the order in which they came
 ) -> int:  # How many of them to read together, 1 or more
-    "As many as have `PROMPT_TOKENS` together."
-    n_together = 1
-    while n_together < len(waiting):
-        longest = waiting[n_together]
-        n_tokens = len(longest.ids) + len(longest.new_ids)
-        if n_tokens * (n_together + 1) > PROMPT_TOKENS:
-            break
-        n_together += 1
-    return n_together
+    "As many as have `PROMPT_TOKENS` together, each as long as the longest."
+    longest = 0
+    for place, request in enumerate(waiting):
+        longest = max(longest, len(request.ids) + len(request.new_ids))
+        if place and longest * (place + 1) > PROMPT_TOKENS:
+            return place
+    return len(waiting)
 
 
 class RunningBatch:
@@ -124,7 +122,6 @@ class RunningBatch:
             check_room(request.ids, room)
             request.max_new_tokens = min(request.max_new_tokens, room - len(request.ids))
         self.waiting += requests
-        self.waiting.sort(key=lambda request: len(request.ids) + len(request.new_ids))
 
     def step(self):
         "One token for each request; newcomers get their first one before the others go on."
@@ -198,7 +195,7 @@ class RunningBatch:
         self.mask = self.mask[:, n_padding:]
         align_cache(self.cache, self.mask.shape[1])
 
-# %% ../nbs/322_steps.ipynb #fcf94250
+# %% ../nbs/322_steps.ipynb #b709ce67
 def read_tokens(
     batch: RunningBatch,
     ids,  # Tensor (batch, n): what is read
@@ -250,7 +247,7 @@ def take_tokens(
             token = request.choose(processed, own_logits)
         request.take(token, batch.tokenizer, batch.ends)
 
-# %% ../nbs/322_steps.ipynb #1f8c991c
+# %% ../nbs/322_steps.ipynb #5c409e6e
 class _Watched(Request):
     "A request that keeps the logits of its tokens."
 
@@ -311,7 +308,7 @@ def steps_leak(
 
     return reason_not_alone(model, "step by step", compare)
 
-# %% ../nbs/322_steps.ipynb #a2f0b47d
+# %% ../nbs/322_steps.ipynb #d946d898
 class WholeBatch(RunningBatch):
     "For models whose rows cannot join: a step answers all that wait, to the end."
 
