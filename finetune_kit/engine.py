@@ -166,7 +166,7 @@ def job_ids(
         return job.prompt
     with refusing("domain"):
         job.source.check_domain(job.domain)
-    with refusing("chat_template_kwargs"):
+    with refusing("chat_template_kwargs.enable_thinking"):
         template = chat_template(tokenizer, None, job.enable_thinking)
     return prompt_ids(tokenizer, job.prompt, template, job.domain)
 
@@ -197,7 +197,7 @@ def checked_ids(
         raise RefusedError(message, "logit_bias")
     return ids
 
-# %% ../nbs/805_engine.ipynb #e04cfcaf
+# %% ../nbs/805_engine.ipynb #45de156e
 def prepare(
     job: Job,  # Gets its `request`
     model,
@@ -315,7 +315,7 @@ class Engine:
             for key, served in [*self.served.items()]:
                 step(self, key, served)
 
-# %% ../nbs/805_engine.ipynb #b4110c43
+# %% ../nbs/805_engine.ipynb #f488c609
 def make_room(engine: Engine):
     "Where jobs wait for a full batch, send those that had their turn to the end of the queue."
     n_wanted = len(engine.jobs)
@@ -347,7 +347,7 @@ def next_jobs(engine: Engine) -> list[Job]:
             taken.append(job)
     return taken
 
-# %% ../nbs/805_engine.ipynb #0e1a044c
+# %% ../nbs/805_engine.ipynb #be81bd57
 def start(
     engine: Engine,
     jobs: list[Job],  # Of one model

