@@ -312,10 +312,17 @@ def steps_leak(
 class WholeBatch(RunningBatch):
     "For models whose rows cannot join: a step answers all that wait, to the end."
 
+    def __init__(self, model, tokenizer, template: str | None = None):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.template = template
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []  # Nobody, between two steps
+
     def step(self):
         "Answer all."
         requests, self.waiting = self.waiting, []
-        complete(self.model, self.tokenizer, requests)
+        complete(self.model, self.tokenizer, requests, self.template)
 
 
 def running_batch(
