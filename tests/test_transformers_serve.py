@@ -27,19 +27,19 @@ QUESTIONS = [
 def checkpoint(tmp_path_factory):
     "Layer 7 taken out, healed by a few steps, merged, and written for plain transformers."
     from finetune_kit.chat import encode_rows
+    from finetune_kit.loop import plain_loop
     from finetune_kit.lora import merge_lora
     from finetune_kit.merged import export_merged
     from finetune_kit.model import load_model
     from finetune_kit.plan import drop
     from finetune_kit.rows import load_rows
     from finetune_kit.surgery import apply_plan
-    from finetune_kit.trainer import train
     from finetune_kit.training import TrainConfig
 
     model, tokenizer = load_model("data/tiny-base", backend="transformers", device="cpu")
     model = apply_plan(model, drop(model, 7))
     rows = encode_rows(load_rows("data/domains", "train", max_rows=64), tokenizer)
-    healed = train(model, tokenizer, rows, TrainConfig(max_steps=6, batch_size=4, lora_r=4))
+    healed = plain_loop(model, tokenizer, rows, TrainConfig(max_steps=6, batch_size=4, lora_r=4))
     folder = tmp_path_factory.mktemp("exported") / "cut-7"
     return export_merged(merge_lora(healed.model).eval(), tokenizer, folder)
 
