@@ -161,6 +161,7 @@ def main():
         for _ in range(args.rounds):
             for way in WAYS:
                 rounds[way].append(asyncio.run(measure(urls[way], args, bias)))
+                print(f"round {len(rounds[way])}:", report(way, rounds[way][-1:]), flush=True)
     print(
         f"{args.streams} streams of {args.tokens} tokens, {args.model}, "
         f"{torch.get_num_threads()} threads a process, {platform.machine()}, "
