@@ -12,6 +12,7 @@ __all__ = ['DownloadArgument', 'ModelArgument', 'QuestionArgument', 'SystemOptio
            'export', 'check_form', 'exported_folder', 'upload']
 
 # %% ../nbs/915_cli_use.ipynb #9a3dd8b4
+import contextlib
 import json
 import sys
 import tempfile
@@ -210,17 +211,15 @@ def serve(
     port: PortOption = 8000,
     allow_host: AllowHostOption = None,
     keep: KeepOption = 2,
-    batch_size: BatchOption = 16,
+    batch_size: BatchOption = 32,
     max_queue: QueueOption = 64,
     max_tokens: LimitOption = 512,
     backend: BackendOption = "transformers",
 ):
     """Serve models behind OpenAI's routes: `finetune-kit serve --model base=data/tiny-base`.
     Clients need the key in $FINETUNE_KIT_API_KEY, where it is set (also in .env)."""
-    import uvicorn
-
     from finetune_kit.engine import Engine
-    from finetune_kit.serve import create_app
+    from finetune_kit.serve import create_app, server_of
 
     key = service_key(host)
     hosts = answered_hosts(host, allow_host)
@@ -233,8 +232,8 @@ def serve(
         engine=engine,
         allowed_hosts=hosts,
     )
-    # An access log would keep what clients ask in a URL
-    uvicorn.run(service, host=host, port=port, timeout_graceful_shutdown=30, access_log=False)
+    with contextlib.suppress(KeyboardInterrupt):  # ends it, after the last answer
+        server_of(service, host, port).run()
 
 
 OfferedModels = Annotated[

@@ -53,13 +53,13 @@ def left_padded(
 def draw_hook(
     requests: list[Request],  # One for each row of the batch
 ) -> Callable:  # A logits processor: takes ids and logits (batch, vocabulary), returns the logits
-    "Where a request draws, leave its drawn token as the only possible one."
+    "Where a request does not take the likeliest token, leave the one it takes as the only one."
     import torch
 
     def choose_tokens(ids, logits):
         for row, request in enumerate(requests):
-            if request.temperature and not request.reason:
-                token = request.draw(logits[row])
+            if not request.is_plain and not request.reason:
+                token = request.choose(logits[row])
                 logits[row] = -torch.inf
                 logits[row, token] = 0.0
         return logits
@@ -195,13 +195,13 @@ def complete(
     pad_id = tokenizer.pad_token_id or 0
     ids, mask = left_padded([request.ids for request in requests], pad_id, model.device)
     longest_answer = max(request.max_new_tokens for request in requests)
-    drawing = any(request.temperature for request in requests)
+    choosing = not all(request.is_plain for request in requests)
     with torch.no_grad():
         model.generate(
             input_ids=ids,
             attention_mask=mask,
             generation_config=generation_settings(model, longest_answer, ends, pad_id),
-            logits_processor=LogitsProcessorList([draw_hook(requests)] if drawing else []),
+            logits_processor=LogitsProcessorList([draw_hook(requests)] if choosing else []),
             stopping_criteria=StoppingCriteriaList([take_hook(requests, tokenizer, ends)]),
         )
     return requests

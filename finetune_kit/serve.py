@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SharedService', 'public_routes', 'locked_routes', 'Service', 'service_of', 'require_key', 'error_response',
-           'add_error_handlers', 'answer', 'health', 'metrics', 'openapi', 'docs', 'list_models', 'one_model',
-           'chat_route', 'text_route', 'create_app', 'serving', 'Client']
+           'add_error_handlers', 'AnswerStream', 'answer', 'complete_answer', 'health', 'metrics', 'openapi', 'docs',
+           'list_models', 'one_model', 'chat_route', 'text_route', 'create_app', 'server_of', 'serving', 'Client']
 
 # %% ../nbs/830_serve.ipynb #cdef77a0
 import asyncio
@@ -28,18 +28,21 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from .answers import Answers, ClientLeftError, stream_lines, unless_client_leaves
 from .catalogue import Catalogue
 from .client import Client
-from .core import FineTuneError, InvalidConfigError
-from .engine import Engine
+from .core import FineTuneError
+from .engine import Engine, RefusedError
 from finetune_kit.guards import (
     LOOPBACK,
     BodyLimit,
     HostCheck,
     Stats,
+    Timing,
     check_key_choice,
     is_key,
+    quiet_protocol,
 )
 from .logs import log
 from finetune_kit.protocol import (
+    MOST_CHOICES,
     Body,
     ChatBody,
     ChatShape,
@@ -50,6 +53,8 @@ from finetune_kit.protocol import (
     error_body,
     error_of,
     head_of,
+    malformed_body,
+    whole_answer,
 )
 
 # %% ../nbs/830_serve.ipynb #fafd8d64
@@ -66,10 +71,14 @@ class Service:
     started: int = field(default_factory=lambda: int(time.time()))  # Seconds since 1970
 
     def token_limit(self, body: Body) -> int:
-        "The longest answer to a request. `InvalidConfigError` where it asks for more than allowed."
-        limit = body.wanted_tokens or min(self.default_tokens, self.max_tokens)
+        "The longest answer to a request. `RefusedError` where it asks for more than allowed."
+        wanted = body.wanted_tokens
+        limit = min(self.default_tokens, self.max_tokens) if wanted is None else wanted
+        if limit == 0 and not body.wants_echo:
+            raise RefusedError("max_tokens 0: only with echo: true", "max_tokens")
         if limit > self.max_tokens:
-            raise InvalidConfigError(f"max_tokens {limit} not in 1..{self.max_tokens}")
+            message = f"max_tokens {limit} not in 1..{self.max_tokens}"
+            raise RefusedError(message, "max_tokens")
         return limit
 
     def describe(self, name: str) -> dict:
@@ -98,12 +107,12 @@ SharedService = Annotated[Service, Depends(service_of)]
 
 # %% ../nbs/830_serve.ipynb #674e29c3
 _MEANINGS = {
-    400: "Cannot be answered",
+    400: "Malformed, or cannot be answered",
     401: "Wrong API key",
     404: "Unknown model",
+    408: "The body did not arrive",
     413: "Body too large",
     421: "Unknown host name",
-    422: "Malformed body",
     429: "Queue full",
     500: "The model failed",
     503: "The model cannot be loaded",
@@ -141,9 +150,7 @@ async def _on_http_error(http, error):
 
 
 async def _on_malformed_body(http, error):
-    first = error.errors()[0]
-    place = ".".join(map(str, first["loc"][1:])) or "body"
-    return error_response(422, error_body(f"{place}: {first['msg']}", 422, "malformed"))
+    return error_response(400, malformed_body(error.errors()))
 
 
 def add_error_handlers(app: FastAPI):
@@ -159,6 +166,23 @@ async def _all_events(events):
         pass
 
 
+class AnswerStream(StreamingResponse):
+    "A stream whose answers end with it, also where its client left before the first line."
+
+    def __init__(self, lines, answers: Answers, timing: Timing):
+        super().__init__(lines, media_type="text/event-stream")
+        self.headers["Cache-Control"] = "no-cache"
+        self.answers = answers
+        self.timing = timing
+
+    async def __call__(self, scope, receive, send):
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.timing.end("left")
+            self.answers.cancel()
+
+
 async def answer(
     service: Service,
     http: HttpRequest,
@@ -168,25 +192,35 @@ async def answer(
 ):  # A dictionary, a stream, or an error
     "Answer one HTTP request, complete or as a stream."
     limit = service.token_limit(body)
+    if len(prompts) * body.n_choices > MOST_CHOICES:
+        message = f"{len(prompts)} prompts times n={body.n_choices}: more than {MOST_CHOICES}"
+        raise RefusedError(message, "n")
     source = await asyncio.to_thread(service.catalogue.find, body.model)
     answers = Answers(service.engine, source, prompts, body, limit)
     events = aiter(answers)
-    with service.stats.timed() as timing:
-        try:
-            # The first event tells whether it can be answered, while the status can still say so
-            first = await unless_client_leaves(http, anext(events), answers)
-            if body.stream:
-                lines = stream_lines(answers, events, first, body, shape, service.stats.count)
-                headers = {"Cache-Control": "no-cache"}
-                return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
-            await unless_client_leaves(http, _all_events(events), answers)
-        except ClientLeftError:
-            timing.outcome = "left"
-            return error_response(499, error_body("the client left", 499, "cancelled"))
-    service.stats.count(answers.usage())
+    timing = Timing(service.stats)
+    try:
+        # The first event tells whether it can be answered, while the status can still say so
+        first = await unless_client_leaves(http, anext(events), answers)
+        if body.stream:
+            lines = stream_lines(answers, events, first, body, shape, timing)
+            return AnswerStream(lines, answers, timing)
+        await unless_client_leaves(http, _all_events(events), answers)
+    except ClientLeftError:
+        timing.end("left")
+        return error_response(499, error_body("the client left", 499, "cancelled"))
+    except Exception:
+        timing.end("failed")
+        raise
+    timing.end("answered", answers.usage())
+    return complete_answer(answers, body, shape)
+
+
+def complete_answer(answers: Answers, body: Body, shape: Shape) -> dict:
+    "All choices in one body."
     choices = []
     for index, request in enumerate(answers.requests()):
-        choices.append(choice_of(index, shape.answer(request.text), request.reason))
+        choices.append(choice_of(index, shape.answer(whole_answer(request)), request.reason))
     return head_of(shape, body.model) | dict(choices=choices, usage=answers.usage())
 
 # %% ../nbs/830_serve.ipynb #0e4a0dd3
@@ -210,8 +244,12 @@ async def metrics(service: SharedService):
 
 @locked_routes.get("/openapi.json", include_in_schema=False)
 async def openapi(http: HttpRequest) -> dict:
-    "The OpenAPI document."
-    return http.app.openapi()
+    "The OpenAPI document. FastAPI lists a 422 of its own shape, which is never sent."
+    document = http.app.openapi()
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+    return document
 
 
 @locked_routes.get("/docs", include_in_schema=False)
@@ -239,16 +277,15 @@ async def chat_route(body: ChatBody, http: HttpRequest, service: SharedService):
     "Answer a conversation."
     has_question = any(message.role == "user" for message in body.messages)
     if body.domain and not has_question:
-        raise InvalidConfigError("domain: there is no question to mark; add a user's turn")
+        raise RefusedError("domain: there is no question to mark; add a user's turn", "domain")
     turns = [message.turn() for message in body.messages]
     return await answer(service, http, body, [turns], ChatShape())
 
 
 @locked_routes.post("/v1/completions", responses=_documented(*_MEANINGS))
 async def text_route(body: TextBody, http: HttpRequest, service: SharedService):
-    "Go on from text."
-    prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-    return await answer(service, http, body, prompts, TextShape())
+    "Go on from text, or from tokens."
+    return await answer(service, http, body, body.prompts, TextShape())
 
 # %% ../nbs/830_serve.ipynb #a7c1ab86
 @contextlib.asynccontextmanager
@@ -267,6 +304,7 @@ def create_app(
     default_tokens: int = 128,  # Longest answer where the client does not say, in tokens
     engine: Engine | None = None,  # None: as `Engine()` makes it
     allowed_hosts: Sequence[str] = LOOPBACK,  # Names that clients may call it by; "*": any
+    body_seconds: float = 30,  # How long a body may take to arrive
 ) -> FastAPI:  # Its `state.service` is a `Service`
     "OpenAI-shaped service. The engine starts at once."
     check_key_choice(api_key)
@@ -284,7 +322,7 @@ def create_app(
     app.state.service = Service(
         Catalogue(models, runs), engine, Stats(engine), api_key, max_tokens, default_tokens
     )
-    app.add_middleware(BodyLimit, limit=max_body)
+    app.add_middleware(BodyLimit, limit=max_body, seconds=body_seconds)
     app.add_middleware(HostCheck, allowed=allowed_hosts)
     add_error_handlers(app)
     app.include_router(public_routes)
@@ -292,19 +330,38 @@ def create_app(
     return app
 
 # %% ../nbs/830_serve.ipynb #8b514f04
+def server_of(
+    app: FastAPI,  # As from `create_app`
+    host: str = "127.0.0.1",
+    port: int = 0,  # Where to listen; 0: any free port
+    log_level: str = "info",  # uvicorn's
+    quiet_seconds: float = 30,  # How long a connection may go without a complete request
+):  # uvicorn's `Server`
+    "The app behind a socket. An access log would keep what clients ask in a URL, so there is none."
+    import uvicorn
+
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level=log_level,
+        access_log=False,
+        http=quiet_protocol(quiet_seconds),
+        timeout_keep_alive=int(quiet_seconds) or 1,
+        timeout_graceful_shutdown=30,
+    )
+    return uvicorn.Server(config)
+
+
 @contextlib.contextmanager
 def serving(
     app: FastAPI,  # As from `create_app`
     host: str = "127.0.0.1",
     port: int = 0,  # Where to listen; 0: any free port
+    quiet_seconds: float = 30,  # As for `server_of`
 ):  # Yields the URL
     "Serve in the background for the time of a block; running answers are finished at its end."
-    import uvicorn
-
-    config = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=30
-    )
-    server = uvicorn.Server(config)
+    server = server_of(app, host, port, "warning", quiet_seconds)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
