@@ -6,7 +6,7 @@
 __all__ = ['PREPARE', 'TRAIN', 'methods', 'Heal', 'TRACKERS', 'HEAL_DIALS', 'check_arguments', 'Method', 'Methods',
            'check_tracker', 'TrainConfig', 'target_names', 'lora', 'qlora', 'in_fp32', 'full', 'last_layers',
            'width_of', 'derive_training', 'with_values', 'filled', 'setting', 'computes_in', 'trains_mixed',
-           'weights_dtype', 'plain_sft', 'healing_words', 'TrainResult']
+           'weights_dtype', 'plain_sft', 'healing_words', 'check_vocabulary', 'TrainResult']
 
 # %% ../nbs/400_training.ipynb #c2a98c91
 import importlib.util
@@ -419,6 +419,30 @@ def healing_words(
     loss = {"sft": "SFT", "distill": divergence, "sft+distill": both}[get("heal")]
     is_own = get("targets_from") == "base"
     return f"{loss}, on {'answers of the whole base' if is_own else 'the data'}"
+
+# %% ../nbs/400_training.ipynb #2d9a7e23
+def check_vocabulary(
+    n_student: int,  # Tokens that the student tells apart
+    n_teacher: int,  # Tokens that the teacher tells apart
+    top_k: int | None,  # As `TrainConfig.top_k`
+):
+    """
+    Whether the probabilities of two models can be compared.
+
+    `IncompatibleConfigError` for vocabularies of other sizes, and `InvalidConfigError` for a
+    `top_k` that leaves no other token.
+    """
+    if n_student != n_teacher:
+        raise IncompatibleConfigError(
+            f"the teacher has a vocabulary of {n_teacher:,} tokens, the model one of "
+            f"{n_student:,}: their probabilities cannot be compared; name a teacher with the "
+            "same tokenizer"
+        )
+    if top_k and top_k >= n_student:
+        raise InvalidConfigError(
+            f"top_k={top_k} not in 1..{n_student - 1} (a vocabulary of {n_student:,}); None "
+            "compares every token"
+        )
 
 # %% ../nbs/400_training.ipynb #36bc2dbb
 @dataclass
