@@ -40,7 +40,11 @@ class Dialogue:
     def take(self, answer: str):
         "Put the next answer into its place."
         turn = self.turns.pop(0)
-        kept = {name: self.messages[turn][name] for name in ("role", "weight") if name in self.messages[turn]}
+        kept = {
+            name: self.messages[turn][name]
+            for name in ("role", "weight")
+            if name in self.messages[turn]
+        }
         self.messages[turn] = kept | dict(content=answer)
         self.answers.append(answer)
 
