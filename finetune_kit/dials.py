@@ -215,8 +215,8 @@ def _check_teacher(cfg: RunConfig, base):
         )
     is_own = cfg.teacher in ("base", "control")
     teacher = base if is_own else model_config(cfg.teacher)
-    sizes = [config.get_text_config().vocab_size for config in (base, teacher)]
-    check_vocabulary(*sizes, cfg.top_k)
+    n_own, n_theirs = (config.get_text_config().vocab_size for config in (base, teacher))
+    check_vocabulary(n_own, n_theirs, cfg.top_k)
     if not is_own and _vocabulary(cfg.model) != _vocabulary(cfg.teacher):
         raise IncompatibleConfigError(
             f"teacher={cfg.teacher!r} has another vocabulary than {cfg.model}, so that the same id "

@@ -162,8 +162,8 @@ def check_teacher(
             f"heal={cfg.heal!r} with {who}, which does not ask a teacher; set "
             "nproc=1 and another method, or heal='sft'"
         )
-    heads = [causal_lm(it).get_output_embeddings().weight for it in (model, teacher)]
-    check_vocabulary(*(len(head) for head in heads), cfg.top_k)
+    student, taught_by = (causal_lm(it).get_output_embeddings().weight for it in (model, teacher))
+    check_vocabulary(len(student), len(taught_by), cfg.top_k)
 
 # %% ../nbs/417_distillation.ipynb #e945f36b
 def distillation_of(

@@ -407,17 +407,17 @@ def healing_words(
     config: Mapping[str, Any],  # Settings by name: a config's, or those in `run.json`
 ) -> str:  # "SFT, on the data"; "forward KL to the whole base, on the data"
     "What a run heals by, and on which answers; of a run that says nothing of it, SFT."
-    get = (TrainConfig().model_dump() | dict(config)).get
+    asked: dict[str, Any] = TrainConfig().model_dump() | dict(config)
+    teacher, share = asked["teacher"], asked["distill_weight"]
     whole = dict(base="the whole base", control="the control")
-    divergence = f"forward KL to {whole.get(get('teacher'), get('teacher'))}"
-    if get("temperature") != 1:
-        divergence += f" at temperature {get('temperature'):g}"
-    if get("top_k"):
-        divergence += f" over its {get('top_k')} likeliest tokens and the rest"
-    share = get("distill_weight")
+    divergence = f"forward KL to {whole.get(teacher, teacher)}"
+    if asked["temperature"] != 1:
+        divergence += f" at temperature {asked['temperature']:g}"
+    if asked["top_k"]:
+        divergence += f" over its {asked['top_k']} likeliest tokens and the rest"
     both = f"{1 - share:g} x SFT + {share:g} x {divergence}"
-    loss = {"sft": "SFT", "distill": divergence, "sft+distill": both}[get("heal")]
-    is_own = get("targets_from") == "base"
+    loss = {"sft": "SFT", "distill": divergence, "sft+distill": both}[asked["heal"]]
+    is_own = asked.get("targets_from") == "base"
     return f"{loss}, on {'answers of the whole base' if is_own else 'the data'}"
 
 # %% ../nbs/400_training.ipynb #2d9a7e23
