@@ -462,7 +462,7 @@ def control_run(
     experiment: str,  # The notebook that needs a control
     cfg: RunConfig,  # Its config
     make: Callable[[ActiveRun], object],  # Trains, evaluates, calls `save_items` and `finish`
-) -> Run:  # Done: the whole model before ("base") and after ("control") the same fine-tuning
+) -> Run:  # Done: the whole model before ("base") and after ("control") plain SFT
     "The whole model after plain SFT with the settings of `cfg`; made by `make`, or found."
     whole = type(cfg)(**(plain_sft(cfg).model_dump() | dict(drop_layer=None, prune_after=None)))
     plan = drop(model_config(cfg.model), None)

@@ -172,7 +172,7 @@ class TrainConfig(StrictConfig):
     # Steps between checkpoints; 0: none
     save_every: Annotated[int, Field(ge=0)] = 50
 
-    # Numbers to compute in; with method "full" the weights are fp32 all the same
+    # Numbers to compute in; with "full" and "last_layers" the weights are fp32 all the same
     # (None: fp32 on a CPU, bf16 on a GPU that has it, else fp16)
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     # How attention is computed, by transformers' names; None: as transformers chooses
