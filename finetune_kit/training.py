@@ -191,7 +191,7 @@ class TrainConfig(StrictConfig):
     def model_post_init(self, _):
         methods[self.method]
         check_tracker(self.report_to)
-        if self.last_layers != 3 and self.method != "last_layers":
+        if self.last_layers != 3 and self.method in ("lora", "qlora", "full"):
             raise IncompatibleConfigError(
                 f"last_layers={self.last_layers} with method={self.method!r}, which does not read "
                 "it; set method='last_layers', or leave last_layers out"
