@@ -16,6 +16,7 @@ import pandas as pd
 from .core import InvalidConfigError, choices
 from .record import Run
 from .scores import ANSWER_METRICS, difference, item_differences
+from .training import healing_words
 
 # %% ../nbs/545_comparison.ipynb #6e416e2a
 STATE_ORDER = ("healed", "tuned", "control", "cut", "base")  # Which state speaks for a run
@@ -59,10 +60,11 @@ def comparison(
     runs: list[Run],
     state: str | None = None,  # Of which state; None: each run's healed one, or the nearest
     names: Sequence[str] = ("nll", "perplexity", *ANSWER_METRICS),  # Metrics
-) -> pd.DataFrame:  # A row a run: `id`, `status`, `state`, `n_items`; a metric, `…_lo`, `…_hi`
-    """Runs side by side, with their intervals.
+) -> pd.DataFrame:  # A row a run: `id`, `status`, `state`, `n_items`, `healing`; see below
+    """Runs side by side: each metric with its interval, as `…`, `…_lo`, `…_hi`.
 
-    `InvalidConfigError` for a state that a run does not have."""
+    `healing` says by what a healed state was healed. `InvalidConfigError` for a state that a run
+    does not have."""
     rows = []
     for run in runs:
         chosen = _state_of(run, state)
@@ -71,6 +73,8 @@ def comparison(
         row = dict(
             id=run.id, status=run.info["status"], state=chosen, n_items=measured.get("n_items")
         )
+        is_healed = chosen == "healed"
+        row["healing"] = healing_words(run.info.get("config") or {}) if is_healed else ""
         for name in names:
             row[name] = measured.get(name)
             row[f"{name}_lo"], row[f"{name}_hi"] = intervals.get(name) or [None, None]

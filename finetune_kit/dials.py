@@ -36,10 +36,11 @@ from finetune_kit.declaration import (
     parse_parameters,
 )
 from .lengths import Lengths, data_lengths
-from .model import context_of, model_config
+from .model import context_of, load_tokenizer, model_config
 from .plan import LayerPlan, drop, prune_after
 from .rendering import templates
 from finetune_kit.rules import (
+    OWN_WEIGHTS,
     Derived,
     derive_answer_length,
     derive_items,
@@ -52,8 +53,10 @@ from .sources import resolve_source
 from .splits import split_dials, with_names
 from finetune_kit.training import (
     TrainConfig,
+    check_vocabulary,
     computes_in,
     derive_training,
+    methods,
     with_values,
 )
 
@@ -100,6 +103,8 @@ class RunConfig(TrainConfig):
     template: str | None = None  # Chat template; None: the model's own
     enable_thinking: bool | None = None  # Think before each answer; None: as the template does
     loss_on: Literal["answers", "last", "all"] = "answers"  # Which tokens are scored
+    # Who answers the training questions: the data, or the whole base itself, arXiv:2602.01997
+    targets_from: Literal["data", "base"] = "data"
     metrics: str = ",".join(ANSWER_METRICS)  # Of the generated answers, with commas between
     # Public benchmarks for all states: "arc_easy,piqa"; the first `eval_items` of each
     tasks: str = ""
@@ -166,10 +171,10 @@ def _check_quantisation(cfg: RunConfig):
             f"method='qlora' with quant={cfg.quant!r}: QLoRA trains on a 4-bit base; set "
             "quant='4bit', or method='lora'"
         )
-    if cfg.method == "full" and cfg.quant:
+    if cfg.method in OWN_WEIGHTS and cfg.quant:
         raise IncompatibleConfigError(
-            f"method='full' with quant={cfg.quant!r}: quantised weights cannot be trained; set "
-            "quant=None, or method='qlora'"
+            f"method={cfg.method!r} with quant={cfg.quant!r}: quantised weights cannot be trained; "
+            "set quant=None, or method='qlora'"
         )
 
 
@@ -191,6 +196,39 @@ def _check_length(cfg: RunConfig, base):
             f"max_length={longest}"
         )
 
+
+def _check_last_layers(cfg: RunConfig, plan: LayerPlan):
+    n_kept = len(plan.keep)
+    if cfg.method == "last_layers" and cfg.last_layers > n_kept:
+        raise InvalidConfigError(
+            f"last_layers={cfg.last_layers} not in 1..{n_kept} ({plan}); set fewer"
+        )
+
+# %% ../nbs/525_dials.ipynb #03235cde
+def _check_teacher(cfg: RunConfig, base):
+    "Whether the whole training can learn from the teacher that a config names."
+    if cfg.heal == "sft":
+        return
+    if cfg.nproc > 1 or methods[cfg.method].train:
+        who = f"nproc={cfg.nproc}" if cfg.nproc > 1 else f"the own trainer of {cfg.method!r}"
+        raise IncompatibleConfigError(
+            f"heal={cfg.heal!r} with {who}, which does not ask a teacher; set nproc=1 and another "
+            "method, or heal='sft'"
+        )
+    is_own = cfg.teacher in ("base", "control")
+    teacher = base if is_own else model_config(cfg.teacher)
+    n_own, n_theirs = (config.get_text_config().vocab_size for config in (base, teacher))
+    check_vocabulary(n_own, n_theirs, cfg.top_k)
+    if not is_own and _vocabulary(cfg.model) != _vocabulary(cfg.teacher):
+        raise IncompatibleConfigError(
+            f"teacher={cfg.teacher!r} has another vocabulary than {cfg.model}, so that the same id "
+            "is another token; name a teacher with the same tokenizer"
+        )
+
+
+def _vocabulary(model: str) -> dict[str, int]:
+    return load_tokenizer(model).get_vocab()
+
 # %% ../nbs/525_dials.ipynb #2116cd20
 def check_run(
     cfg: RunConfig,  # To be checked against the models and files that there are
@@ -203,6 +241,8 @@ def check_run(
     if not plan.whole:
         layers_path(empty_model(base))
     _check_length(cfg, base)
+    _check_last_layers(cfg, plan)
+    _check_teacher(cfg, base)
     template = cfg.template
     if template is not None and template != "own" and "{" not in template:
         templates[template]
@@ -267,6 +307,8 @@ class HealConfig(RunConfig):
 
     drop_layer: None = None  # Each of `layers` in turn
     prune_after: None = None  # Has no meaning in this experiment
+    heal: Literal["sft"] = "sft"  # Nor a teacher
+    targets_from: Literal["data"] = "data"  # Nor answers of the base
     tasks: Literal[""] = ""  # Nor have benchmarks
     tasks_folder: None = None
     layers: int | str | list[int] | None = None  # Layers to take out, one at a time; None: all

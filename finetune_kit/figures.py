@@ -19,7 +19,7 @@ STATE_WORDS = dict(
     base="base: as loaded",
     cut="cut: without the layers",
     healed="healed: cut, then fine-tuned",
-    control="control: whole, same fine-tuning",
+    control="control: whole, then fine-tuned",
 )
 INK = "#1f2328"  # Text, intervals, zero lines
 PALE_INK = "#9aa0a6"  # Lines that only connect

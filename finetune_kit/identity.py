@@ -108,9 +108,10 @@ def content_hashes(
     device: str | None = None,  # "cuda", "mps" or "cpu", where it will run elsewhere; None: as here
 ) -> dict[
     str, str
-]:  # `config`, `code`, `data`, `model`, `template`, `machine`: hexadecimal digests
+]:  # `config`, `code`, `data`, `model`, `template`, `teacher`, `machine`: hexadecimal digests
     """
-    What the run stands on, in digests. A config without a model or data has no digest of it.
+    What the run stands on, in digests. A config without a model or data has no digest of it, and
+    one of `teacher` only where that is a model of its own.
 
     A GPU elsewhere is taken for one that has bf16; set `dtype` where it has not.
     Raises `DatasetLoadError` where the dial `data` names no data.
@@ -127,6 +128,9 @@ def content_hashes(
     if isinstance(model, str):
         hashes["model"] = _model_digest(model)
         hashes["template"] = _template_digest(model, getattr(cfg, "template", None))
+    teacher = getattr(cfg, "teacher", "base")
+    if getattr(cfg, "heal", "sft") != "sft" and teacher not in ("base", "control"):
+        hashes["teacher"] = _model_digest(teacher)
     loader = _loader(getattr(cfg, "backend", "auto"))
     device = device or detect_device()
     numbers = getattr(cfg, "dtype", None) or _numbers(device)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['stop_ids', 'left_padded', 'draw_hook', 'take_hook', 'generation_settings', 'outgrows_context', 'first_logits',
-           'prompts_leak', 'answer_apart', 'complete', 'generate', 'answer_pieces', 'stream', 'fitting_turns', 'Chat',
-           'merge_where_exact']
+           'prompts_leak', 'answer_apart', 'complete', 'answer_all', 'generate', 'answer_pieces', 'stream',
+           'fitting_turns', 'Chat', 'merge_where_exact']
 
 # %% ../nbs/320_infer.ipynb #742960d3
 import contextlib
@@ -207,6 +207,26 @@ def complete(
     return requests
 
 # %% ../nbs/320_infer.ipynb #962c07a4
+def answer_all(
+    model,  # Causal language model in eval mode
+    tokenizer,  # Its tokenizer
+    requests: list[Request],  # Their answers are filled in
+    batch_size: int = 32,  # Requests at a time
+    template: str | None = None,  # As for `render`
+    progress: Callable[[int], object] | None = None,  # Called with the number of requests done
+) -> list[Request]:  # `requests`
+    "Answer many requests, those of similar length together. Raises as `complete`."
+    if batch_size < 1:
+        raise InvalidConfigError(f"batch_size={batch_size} is less than 1")
+    by_length = sorted(requests, key=lambda request: -len(request.ids))
+    for start in range(0, len(by_length), batch_size):
+        with quiet():
+            complete(model, tokenizer, by_length[start : start + batch_size], template)
+        if progress:
+            progress(min(start + batch_size, len(by_length)))
+    return requests
+
+
 def generate(
     model,  # Causal language model in eval mode
     tokenizer,  # Its tokenizer
@@ -222,20 +242,13 @@ def generate(
     domain: str | None = None,  # As for `prompt_ids`
 ) -> list[str]:  # An answer for each prompt, without special tokens and outer white space
     "Answers to many prompts. `InvalidConfigError` for a prompt that leaves no room."
-    if batch_size < 1:
-        raise InvalidConfigError(f"batch_size={batch_size} is less than 1")
     requests = []
     for place, prompt in enumerate(prompts):
         ids = prompt_ids(tokenizer, prompt, template, domain)
         check_room(ids, context(model))
         own_seed = None if seed is None else seed + place
         requests.append(Request(ids, max_new_tokens, temperature, top_p, own_seed, stop))
-    by_length = sorted(requests, key=lambda request: -len(request.ids))
-    for start in range(0, len(by_length), batch_size):
-        with quiet():
-            complete(model, tokenizer, by_length[start : start + batch_size], template)
-        if progress:
-            progress(min(start + batch_size, len(by_length)))
+    answer_all(model, tokenizer, requests, batch_size, template, progress)
     return [request.text.strip() for request in requests]
 
 # %% ../nbs/320_infer.ipynb #91504a5f

@@ -251,10 +251,10 @@ def plain_loop(
     import torch
     from transformers import get_scheduler
 
-    if cfg.patience or cfg.checkpointing:
+    if cfg.patience or cfg.checkpointing or cfg.heal != "sft":
         raise IncompatibleConfigError(
-            "plain_loop neither stops early nor recomputes; "
-            "set patience=0 and checkpointing=False, or use train"
+            "plain_loop neither stops early nor recomputes nor distils; "
+            "set patience=0, checkpointing=False and heal='sft', or use train"
         )
     splits = split_dataset(dataset)
     cfg = filled(cfg, model, splits.train)

@@ -27,6 +27,9 @@ from .logs import quiet
 from .lora import add_lora, linear_maps
 from .model import model_config, pick_dtype
 from .plan import prune_after
+from .rules import OWN_WEIGHTS
+from .scores import BYTES_PER_LOGIT, LOGITS_MEMORY
+from .training import TrainConfig, methods
 
 # %% ../nbs/430_memory.ipynb #bbbe4357
 def activation_bytes(
@@ -182,21 +185,32 @@ def answer_forecast(
         answer = [type(error).__name__, str(error)]
     print("FORECAST", json.dumps(answer))
 
+# %% ../nbs/430_memory.ipynb #32515367
+def _teacher_bytes(name, tokens: int, quant: str | None, dtype) -> float:
+    "What a teacher holds while `tokens` are learnt."
+    teacher = _empty_of_depth(name, None, dtype)
+    logits = BYTES_PER_LOGIT * tokens * teacher.config.get_text_config().vocab_size
+    with _without_data(teacher.config.model_type):
+        return weight_bytes(teacher, quant) + 2 * min(LOGITS_MEMORY, logits)
+
 # %% ../nbs/430_memory.ipynb #093c8b5b
 def memory_forecast(
     name: str | Path,  # Folder or hub id
     rows: int = 16,  # Rows that go through the model at once
     length: int = 128,  # Tokens of each row
-    method: str = "lora",  # "lora", "qlora", "full", or "study": `layer_study`, by its batches
+    # "lora", "qlora", "full", "last_layers", or "study": `layer_study`, by its batches
+    method: str = "lora",
     quant: str | None = None,  # As for `load_model`
     lora_r: int = 16,  # Rank
     layers: int | None = None,  # How many layers stay; None: all
     dtype=None,  # torch dtype of weights and activations; None: fp32 if all learn, else by device
     checkpointing: bool = False,  # Activations are computed anew in the backward pass
     mem_gib: float = 1.0,  # Of a study: its memory for branches and logits
+    last_layers: int = 3,  # Of the method "last_layers"
+    teacher: str | Path | None = None,  # A model that is asked besides: folder or hub id
 ) -> dict[str, float]:  # GiB: `weights`, `gradients`, `optimizer`, `activations` and their `total`
     """
-    What a training or a layer study will hold at its peak.
+    What a training or a layer study will hold at its peak; with a `teacher` its part, too.
 
     `ModelNotFoundError` and `ModelLoadError` as from `model_config` and `empty_model`, and
     `UnsupportedModelError` where a pass on tensors without data fails.
@@ -209,6 +223,7 @@ def memory_forecast(
         sizes = dict(rows=rows, length=length, lora_r=lora_r, layers=layers, mem_gib=mem_gib)
         how = dict(method=method, quant=quant, checkpointing=checkpointing)
         asked = dict(name=str(name), dtype=str(dtype).removeprefix("torch."), **sizes, **how)
+        asked |= dict(last_layers=last_layers, teacher=teacher and str(teacher))
         return forecast_apart(asked)
     text = model.config.get_text_config()
     with _without_data(model.config.model_type):
@@ -218,12 +233,17 @@ def memory_forecast(
             gib = dict(weights=weights, gradients=0.0, optimizer=0.0, activations=study)
             gib = {part: size / 2**30 for part, size in gib.items()}
             return gib | dict(total=sum(gib.values()))
-        if method != "full":
+        if method == "last_layers":
+            model = methods[method].prepare(
+                model, TrainConfig(method=method, last_layers=last_layers)
+            )
+            weights = weight_bytes(model)  # in fp32, with a head of its own
+        elif method != "full":
             model = add_lora(model, lora_r)
         activations: float = activation_bytes(model.train(), rows, length)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-    if method != "full":
+    if method not in OWN_WEIGHTS:
         weights += gradients  # the adapters
     if checkpointing:
         depth = text.num_hidden_layers
@@ -235,6 +255,8 @@ def memory_forecast(
         optimizer=sum(8 * parameter.numel() for parameter in trained),
         activations=activations,
     )
+    if teacher is not None:
+        parts["teacher"] = _teacher_bytes(teacher, rows * length, quant, dtype)
     gib = {part: size / 2**30 for part, size in parts.items()}
     return gib | dict(total=sum(gib.values()))
 

@@ -39,6 +39,7 @@ from .pages import fill
 from .plan import LayerPlan, drop
 from .report import Recorder, save_report
 from .settings import StrictConfig
+from .training import plain_sft
 
 # %% ../nbs/535_record.ipynb #9b638b64
 Status = Literal["running", "done", "failed", "stopped", "damaged"]
@@ -461,9 +462,9 @@ def control_run(
     experiment: str,  # The notebook that needs a control
     cfg: RunConfig,  # Its config
     make: Callable[[ActiveRun], object],  # Trains, evaluates, calls `save_items` and `finish`
-) -> Run:  # Done: the whole model before ("base") and after ("control") the same fine-tuning
-    "The whole model after the fine-tuning that `cfg` describes; made by `make`, or found."
-    whole = type(cfg)(**(cfg.model_dump() | dict(drop_layer=None, prune_after=None)))
+) -> Run:  # Done: the whole model before ("base") and after ("control") plain SFT
+    "The whole model after plain SFT with the settings of `cfg`; made by `make`, or found."
+    whole = type(cfg)(**(plain_sft(cfg).model_dump() | dict(drop_layer=None, prune_after=None)))
     plan = drop(model_config(cfg.model), None)
     folder = runs_folder() / run_id("control", plan, content_hashes(experiment, whole, plan))
     folder.mkdir(parents=True, exist_ok=True)

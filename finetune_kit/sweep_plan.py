@@ -30,6 +30,7 @@ from .identity import content_hashes, run_id
 from .record import read_record
 from .settings import StrictConfig
 from .sweep_spec import SweepSpec, combinations
+from .training import HEAL_DIALS
 
 # %% ../nbs/605_sweep_plan.ipynb #7086b4ad
 @dataclass
@@ -92,7 +93,7 @@ def plan_sweep(
             raise InvalidConfigError(
                 f"two runs are one, {id}: {planned[id].dials} and {dials}; leave one out"
             )
-        control = digest(without(cfg, CUT_DIALS))
+        control = digest(without(cfg, (*CUT_DIALS, *HEAL_DIALS)))
         planned[id] = Planned(id, experiment, dials, cfg, control not in controls)
         controls.add(control)
     return list(planned.values())

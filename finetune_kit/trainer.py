@@ -23,6 +23,7 @@ from finetune_kit.core import (
     TrainingError,
     detect_device,
 )
+from .distillation import check_teacher, healing_runner
 from .logs import quiet
 from finetune_kit.loop import (
     plain_loop,
@@ -49,7 +50,6 @@ from finetune_kit.sft import (
     logged_lines,
     recompute_activations,
     record_settings,
-    step_runner,
     step_trainer_class,
     tracked,
     tracker_callbacks,
@@ -127,6 +127,7 @@ def train_by_trl(
     cfg: TrainConfig,  # `lr`, `batch_size` and `max_steps` are not None
     on_log=None,  # Called with each line of the log, a dict
     folder: str | Path | None = None,  # Where checkpoints go, and from where training goes on
+    teacher=None,  # As for `train`
 ) -> TrainResult:
     """
     Fine-tune with TRL's `SFTTrainer`, in this process, by a method that has no trainer of its own.
@@ -143,7 +144,8 @@ def train_by_trl(
     if folder:
         claim_folder(folder, checkpoint, cfg, splits.train)
     rows_at_once = max(1, setting(cfg, "batch_size") // cfg.nproc)
-    runner = step_runner(model, rows_at_once, tokenizer.pad_token_id or 0, is_fused)
+    pad_id = tokenizer.pad_token_id or 0
+    runner = healing_runner(model, teacher, cfg, rows_at_once, pad_id, is_fused)
     with (
         tempfile.TemporaryDirectory() as temporary,
         quiet(),
@@ -175,19 +177,25 @@ def train(
     cfg: TrainConfig = TrainConfig(),  # What is None, the rules say
     on_log=None,  # Called with each line of the log, a dict
     folder: str | Path | None = None,  # Where checkpoints go; a tracker's files go beside it
+    # The model to learn from, in eval mode on any device; None where `cfg.heal` is "sft"
+    teacher=None,
 ) -> TrainResult:
     """
     Fine-tune. With a `folder`, a training that was killed goes on from its last checkpoint.
 
-    Raises `NaNLossError` for a loss that is no number, `IncompatibleConfigError` for a method
-    that the model cannot take, `OutOfMemoryError` where not even one row fits, and
-    `CheckpointError` where a checkpoint cannot be written.
+    The log's `loss` is what is learnt by; `val_loss` is the NLL of the validation rows, whatever
+    that is. Raises `NaNLossError` for a loss that is no number, `IncompatibleConfigError` for a
+    method that the model cannot take, as `check_teacher`, `OutOfMemoryError` where not even one row
+    fits, and `CheckpointError` where a checkpoint cannot be written.
     """
+    check_teacher(model, teacher, cfg)
     cfg = filled(cfg, model, split_dataset(dataset).train)
     if cfg.nproc > 1 and "LOCAL_RANK" not in os.environ:
         return train_in_processes(model, tokenizer, dataset, cfg, on_log, folder)
-    trainer = methods[cfg.method].train or train_by_trl
-    result = trainer(model, tokenizer, dataset, cfg, on_log, folder)
+    if own_trainer := methods[cfg.method].train:
+        result = own_trainer(model, tokenizer, dataset, cfg, on_log, folder)
+    else:
+        result = train_by_trl(model, tokenizer, dataset, cfg, on_log, folder, teacher)
     if not isinstance(result, TrainResult):
         raise TrainingError(
             f"the trainer of method {cfg.method!r} returned {type(result).__name__}; "

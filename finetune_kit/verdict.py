@@ -307,7 +307,7 @@ def _few_sentence(it: Judgement) -> Markup:
         pair, question = "healed_minus_cut", "what healing brought back"
     elif it.sides[pair] != "open":
         begin = "Before fine-tuning the cut cost nothing measurable; "
-        pair, question = "healed_minus_control", "what it costs after the same fine-tuning"
+        pair, question = "healed_minus_control", "what it costs after fine-tuning"
     loss = it.loss(pair)
     needed = items_needed(loss, it.n_items)
     advice = "so small a difference needs more items than one can evaluate"
