@@ -223,7 +223,7 @@ def memory_forecast(
         sizes = dict(rows=rows, length=length, lora_r=lora_r, layers=layers, mem_gib=mem_gib)
         how = dict(method=method, quant=quant, checkpointing=checkpointing)
         asked = dict(name=str(name), dtype=str(dtype).removeprefix("torch."), **sizes, **how)
-        asked |= dict(last_layers=last_layers, teacher=teacher and str(teacher))
+        asked |= dict(last_layers=last_layers, teacher=str(teacher) if teacher else None)
         return forecast_apart(asked)
     text = model.config.get_text_config()
     with _without_data(model.config.model_type):
