@@ -7,7 +7,7 @@ __all__ = ['choosers', 'CutToChoose', 'calibration_rows', 'Question', 'Chooser',
            'choose_block_influence', 'choose_taylor', 'choose_angular', 'choose_depth', 'choose_reverse',
            'choose_random', 'Choice', 'choose_layers']
 
-# %% ../nbs/370_choice.ipynb #55d251c7
+# %% ../nbs/370_choice.ipynb #e57a30bf
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,14 +19,13 @@ import pandas as pd
 from .batches import batches, pad_batch
 from finetune_kit.core import (
     EvaluationError,
-    IncompatibleConfigError,
     InvalidConfigError,
     Registry,
     digest,
 )
 from .plan import LayerPlan, drop
 
-# %% ../nbs/370_choice.ipynb #15947e06
+# %% ../nbs/370_choice.ipynb #9dc86d29
 @dataclass(frozen=True)
 class CutToChoose:
     "A cut whose layers are not known yet: how many go, and what chooses them."
@@ -63,7 +62,7 @@ class CutToChoose:
             text += f" on {self.rows} rows"
         return text + (", by a race" if self.race else "")
 
-# %% ../nbs/370_choice.ipynb #0557b019
+# %% ../nbs/370_choice.ipynb #3be25352
 def _check_not_held_out(rows: list[dict], encoded: Mapping[str, list[dict]]):
     "`InvalidConfigError` where a calibration row is held out."
     for split in ("test", "validation"):
@@ -82,14 +81,16 @@ def calibration_rows(
     encoded: Mapping[str, list[dict]],  # Split → rows as from `encode_rows`
     n: int,  # How many; fewer where the training split has fewer
 ) -> list[dict]:  # Of the training split, in random order, always the same
-    "The rows that layers are chosen on. `InvalidConfigError` where one is held out, or none is left."
+    "The rows that layers are chosen on. `InvalidConfigError` where one is held out, or for none."
     rows = sorted(encoded["train"], key=lambda row: digest([row["id"], row["input_ids"]]))[:n]
     if not rows:
-        raise InvalidConfigError("the training split has no row to choose layers on; give more data")
+        raise InvalidConfigError(
+            "the training split has no row to choose layers on; give more data"
+        )
     _check_not_held_out(rows, encoded)
     return rows
 
-# %% ../nbs/370_choice.ipynb #177d8bee
+# %% ../nbs/370_choice.ipynb #01f2fdb8
 @dataclass
 class Question:
     "What a chooser is asked, and what it may use."
@@ -124,7 +125,7 @@ class Question:
         places = [list(range(start, min(start + 8, len(self.rows)))) for start in starts]
         return [pad_batch(self.rows, block, device=self.model.device) for block in places]
 
-# %% ../nbs/370_choice.ipynb #7092952d
+# %% ../nbs/370_choice.ipynb #f2cd2b26
 @dataclass(frozen=True)
 class Chooser:
     "A way to choose layers."
@@ -150,7 +151,7 @@ def chooser(
 
     return add
 
-# %% ../nbs/370_choice.ipynb #6aac74ae
+# %% ../nbs/370_choice.ipynb #13ab0b6b
 def _raced(question: Question, one_by_one: bool) -> pd.DataFrame:
     from finetune_kit.race import ERROR_RATE, race_layers
 
@@ -185,7 +186,7 @@ def _study_options(question: Question) -> dict:
         return options | dict(naive=True)
     return options | dict(resume=question.resume)
 
-# %% ../nbs/370_choice.ipynb #8f47e12d
+# %% ../nbs/370_choice.ipynb #88c58995
 @chooser("exact", can_race=True)
 def choose_exact(question: Question) -> pd.DataFrame:
     "By what each layer's absence alone costs, in nats per token: one shot."
@@ -209,7 +210,7 @@ def choose_greedy(question: Question) -> pd.DataFrame:
     costs = costs.rename(columns=dict(delta="score", step="rank"))
     return costs[["layer", "score", "lo", "hi", "rank"]]
 
-# %% ../nbs/370_choice.ipynb #87afc915
+# %% ../nbs/370_choice.ipynb #415982d8
 def _atlas(question: Question, taylor: bool = False) -> pd.DataFrame:
     from finetune_kit.atlas import atlas
 
@@ -236,7 +237,7 @@ def choose_taylor(question: Question) -> pd.DataFrame:
     table = _atlas(question, taylor=True)
     return table[["layer"]].assign(score=table.taylor.abs())
 
-# %% ../nbs/370_choice.ipynb #2eff173e
+# %% ../nbs/370_choice.ipynb #bcc065fc
 def _block(n_layers: int, start: int, count: int) -> list[bool]:
     "Which layers are in a block of neighbours."
     return [start <= layer < start + count for layer in range(n_layers)]
@@ -254,7 +255,7 @@ def choose_angular(question: Question) -> pd.DataFrame:
     chosen = _block(n_layers, int(of_size.idxmin()), count)
     return pd.DataFrame(dict(layer=range(n_layers), score=score.to_numpy(), chosen=chosen))
 
-# %% ../nbs/370_choice.ipynb #b5ac94fc
+# %% ../nbs/370_choice.ipynb #e7a901e4
 def _in_order(order: list[int]) -> pd.DataFrame:
     "A table of layers that go in this order."
     rank = np.empty(len(order), int)
@@ -281,7 +282,7 @@ def choose_random(question: Question) -> pd.DataFrame:
     drawn = np.random.default_rng(question.cut.seed).permutation(question.n_layers)
     return _in_order(drawn.tolist())
 
-# %% ../nbs/370_choice.ipynb #1b5e8c0a
+# %% ../nbs/370_choice.ipynb #4f619b6e
 @dataclass(frozen=True)
 class Choice:
     "Which layers go, and why."
