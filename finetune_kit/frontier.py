@@ -93,13 +93,13 @@ def _draw_series(ax, points: pd.DataFrame, n: int, shift: float, label: str):
 
 
 def _draw_whole(ax, points: pd.DataFrame, state: str):
-    "The whole model, as a line with its interval."
-    if points.empty:
-        return
-    whole = points.iloc[0]
-    ax.axhline(whole.value, color=STATES[state], lw=1.2, ls="--", label=f"{state} (whole)")
-    if whole.notna().lo:
-        ax.axhspan(whole.lo, whole.hi, color=STATES[state], alpha=0.12, lw=0)
+    "The whole model, as a line with its interval; several where runs were trained differently."
+    label = f"{state} (whole)"
+    for whole in points.drop_duplicates("value").itertuples():
+        ax.axhline(whole.value, color=STATES[state], lw=1.2, ls="--", label=label)
+        if not pd.isna(whole.lo):
+            ax.axhspan(whole.lo, whole.hi, color=STATES[state], alpha=0.12, lw=0)
+        label = "_"  # one entry of the legend for all of them
 
 
 def plot_frontier(
@@ -130,7 +130,9 @@ def plot_frontier(
         ax.set_xlabel("layers left")
     axes[0][0].invert_xaxis()  # shared: what is cut deeper stands further right
     axes[0][1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    axes[0][0].legend(frameon=False, fontsize=8, loc="upper left")
+    if not table[table.state == WHOLE[BEFORE]].empty:
+        whole = [line for line in axes[0][0].lines if line.get_label().endswith("(whole)")]
+        axes[0][0].legend(handles=whole, frameon=False, fontsize=8, loc="upper left")
     return fig
 
 
