@@ -155,6 +155,11 @@ def chooser(
 def _raced(question: Question, one_by_one: bool) -> pd.DataFrame:
     from finetune_kit.race import ERROR_RATE, race_layers
 
+    if len(question.rows) < 9:
+        raise InvalidConfigError(
+            f"race=True on {len(question.rows)} rows: it looks after each 8, so it needs 9 or "
+            "more; give more rows (choice_items), or race=False"
+        )
     raced = race_layers(
         question.model,
         question.blocks,
