@@ -11,11 +11,14 @@ import importlib.util
 import json
 import platform
 import subprocess
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import finetune_kit
+from .choice import CutToChoose
 from .core import ROOT, detect_device, digest, resolve_path
+from .dials import CUT_DIALS
 from .gguf_header import file_digest, gguf_file, is_gguf
 from .plan import LayerPlan
 from .rules import derive_dtype
@@ -52,11 +55,14 @@ def _notebook_code(experiment: str) -> list:
     ]
 
 # %% ../nbs/530_identity.ipynb #cf13ec22
-def _config_digest(cfg: StrictConfig, plan: LayerPlan | None) -> str:
+def _config_digest(cfg: StrictConfig, plan: LayerPlan | CutToChoose | None) -> str:
     values = cfg.model_dump()
     if plan is None:
         return digest(values | dict(dropped=[]))
-    others = {k: v for k, v in values.items() if k not in ("drop_layer", "prune_after")}
+    of_cut = CUT_DIALS if "drop_by" in values else CUT_DIALS[:2]
+    others = {k: v for k, v in values.items() if k not in of_cut}
+    if isinstance(plan, CutToChoose):
+        return digest(others | dict(to_choose=asdict(plan)))
     return digest(others | dict(dropped=plan.dropped))
 
 
@@ -104,7 +110,8 @@ def _numbers(device: str) -> str:  # "bfloat16"
 def content_hashes(
     experiment: str,  # The notebook's name, whose code counts
     cfg: StrictConfig,  # Its dials `model`, `data`, `template` and `backend`, where it has them
-    plan: LayerPlan | None = None,  # What stays of the model; None where no layer is taken out
+    # What stays of the model, or how many layers; None where no layer is taken out
+    plan: LayerPlan | CutToChoose | None = None,
     device: str | None = None,  # "cuda", "mps" or "cpu", where it will run elsewhere; None: as here
 ) -> dict[
     str, str
@@ -137,7 +144,9 @@ def content_hashes(
     return hashes | dict(machine=digest([device, numbers, loader]))
 
 # %% ../nbs/530_identity.ipynb #e68a0daf
-def _cut_name(plan: LayerPlan) -> str:  # "whole", "drop7", "drop8-11", "drop1_3"
+def _cut_name(plan: LayerPlan | CutToChoose) -> str:  # "whole", "drop7", "drop8-11", "exact6"
+    if isinstance(plan, CutToChoose):
+        return plan.name
     layers = plan.dropped
     if not layers:
         return "whole"
@@ -151,7 +160,7 @@ def _cut_name(plan: LayerPlan) -> str:  # "whole", "drop7", "drop8-11", "drop1_3
 
 def run_id(
     name: str,  # What the id begins with: the experiment's name, or "control"
-    plan: LayerPlan | None,  # What stays of the model
+    plan: LayerPlan | CutToChoose | None,  # What stays of the model, or how many layers
     hashes: dict,  # As from `content_hashes`
 ) -> str:  # "train-drop7-3f2a91c0"
     "The id of a run on this code, data, model and kind of machine."

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from .choice import CutToChoose
 from finetune_kit.core import (
     InvalidConfigError,
     ModelLoadError,
@@ -101,6 +102,8 @@ def _run_source(name: str) -> ModelSource:
     is_control = run.info["experiment"] == "train" and run.id.startswith("control-")
     base_config = model_config(cfg.model)
     plan = drop(base_config, None) if is_control else plan_of(cfg, base_config)
+    if isinstance(plan, CutToChoose):
+        plan = drop(base_config, run.info["dropped"])  # what the method chose
     domains = _domains_of(run) if cfg.domain_tags else ()
     return ModelSource(run.id, folder, cfg.model, plan, run.info, domains)
 

@@ -34,6 +34,11 @@ class LayerPlan:
         return [i for i in range(self.n_layers) if i not in self.keep]
 
     @property
+    def n_kept(self) -> int:
+        "How many layers stay."
+        return len(self.keep)
+
+    @property
     def ranges(self) -> list[list[int]]:  # Each [first, one past the last]
         "The runs of layers that stay: mergekit's `layer_range`, PEFT's `layer_replication`."
         starts = [i for i in self.keep if i - 1 not in self.keep]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Status', 'AGAIN', 'OF_ONE_TRY', 'RecordFile', 'read_record', 'json_line', 'read_json_lines', 'Record', 'Run',
-           'open_run', 'ActiveRun', 'after_cell', 'start_run', 'control_run']
+           'open_run', 'ActiveRun', 'after_cell', 'start_run', 'whole_dials', 'control_run']
 
 # %% ../nbs/535_record.ipynb #b7e56374
 import json
@@ -23,6 +23,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from .choice import CutToChoose
 from finetune_kit.core import (
     ROOT,
     FineTuneError,
@@ -31,7 +32,7 @@ from finetune_kit.core import (
     runs_folder,
     write_atomic,
 )
-from .dials import RunConfig
+from .dials import CUT_DIALS, RunConfig
 from .identity import content_hashes, environment, notebook_file, run_id
 from .logs import log, log_fields, log_to, stop_log, timed
 from .model import model_config
@@ -385,13 +386,15 @@ def _lock(folder: Path) -> FileLock:
     return lock
 
 
-def _first_record(experiment: str, cfg: StrictConfig, plan: LayerPlan | None, hashes: dict) -> dict:
+def _first_record(
+    experiment: str, cfg: StrictConfig, plan: LayerPlan | CutToChoose | None, hashes: dict
+) -> dict:
     "What `run.json` says before anything has come out."
     return dict(
         experiment=experiment,
         status="running",
         plan=str(plan or ""),
-        dropped=plan.dropped if plan else [],
+        dropped=plan.dropped if isinstance(plan, LayerPlan) else [],
         config=cfg.model_dump(),
         hashes=hashes,
         seed=getattr(cfg, "seed", None),
@@ -427,7 +430,8 @@ def _record_cells(run: ActiveRun):
 def start_run(
     experiment: str,  # The notebook's name, without suffix
     cfg: StrictConfig,  # What is asked
-    plan: LayerPlan | None = None,  # What stays of the model; None where no layer is taken out
+    # What stays of the model, or how many layers; None where no layer is taken out
+    plan: LayerPlan | CutToChoose | None = None,
     record: bool = True,  # Record the notebook into a report, where this runs in one
     name: str | None = None,  # What the id begins with; the experiment's name by default
 ) -> ActiveRun:
@@ -458,13 +462,21 @@ def start_run(
     return run
 
 # %% ../nbs/535_record.ipynb #b7f812bc
+def whole_dials(
+    cls: type[RunConfig],  # The class of the dials
+) -> dict[str, Any]:  # Name → value
+    "The dials of the cut where no layer goes."
+    defaults = {name: cls.model_fields[name].default for name in CUT_DIALS}
+    return defaults | dict(drop_layer=None)
+
+
 def control_run(
     experiment: str,  # The notebook that needs a control
     cfg: RunConfig,  # Its config
     make: Callable[[ActiveRun], object],  # Trains, evaluates, calls `save_items` and `finish`
 ) -> Run:  # Done: the whole model before ("base") and after ("control") plain SFT
     "The whole model after plain SFT with the settings of `cfg`; made by `make`, or found."
-    whole = type(cfg)(**(plain_sft(cfg).model_dump() | dict(drop_layer=None, prune_after=None)))
+    whole = type(cfg)(**(plain_sft(cfg).model_dump() | whole_dials(type(cfg))))
     plan = drop(model_config(cfg.model), None)
     folder = runs_folder() / run_id("control", plan, content_hashes(experiment, whole, plan))
     folder.mkdir(parents=True, exist_ok=True)

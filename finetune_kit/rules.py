@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ANCHOR_WIDTH', 'ANCHOR_RATES', 'OWN_WEIGHTS', 'ALL_WEIGHTS_RATE', 'TEXT_ANSWER', 'ROW_LENGTHS', 'BATCH_TOKENS',
-           'BATCH_ROWS', 'USUAL_EPOCHS', 'EVAL_TOKENS', 'Derived', 'derive_lr', 'percentile', 'round_up',
-           'derive_answer_length', 'derive_row_length', 'derive_batch_size', 'derive_steps', 'derive_items',
-           'derive_dtype']
+           'BATCH_ROWS', 'USUAL_EPOCHS', 'EVAL_TOKENS', 'CHOICE_TOKENS', 'CHOICE_ROWS', 'Derived', 'derive_lr',
+           'percentile', 'round_up', 'derive_answer_length', 'derive_row_length', 'derive_batch_size', 'derive_steps',
+           'derive_items', 'derive_choice_rows', 'derive_dtype']
 
 # %% ../nbs/040_rules.ipynb #6b115630
 import math
@@ -165,6 +165,22 @@ def derive_items(
     points = 98 / math.sqrt(max(1, items))
     return Derived(
         items, f"of {n_held_out:,} held-out rows; a share is known to within {points:.0f} points"
+    )
+
+# %% ../nbs/040_rules.ipynb #988be100
+CHOICE_TOKENS = 8192
+CHOICE_ROWS = 16, 64  # Least and most
+
+
+def derive_choice_rows(
+    n_train: int,  # Training rows there are
+    row_tokens: int,  # A usual row's
+) -> Derived:  # Rows
+    "The training rows that layers are chosen on."
+    least, most = CHOICE_ROWS
+    rows = min(most, max(least, CHOICE_TOKENS // row_tokens), n_train)
+    return Derived(
+        rows, f"of {n_train:,} training rows; {CHOICE_TOKENS:,} tokens in {least} to {most} rows"
     )
 
 # %% ../nbs/040_rules.ipynb #5d6e9976
