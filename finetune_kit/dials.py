@@ -273,8 +273,8 @@ def _check_length(cfg: RunConfig, base):
         )
 
 
-def _check_last_layers(cfg: RunConfig, plan: LayerPlan):
-    n_kept = len(plan.keep)
+def _check_last_layers(cfg: RunConfig, plan: LayerPlan | CutToChoose):
+    n_kept = plan.n_kept
     if cfg.method == "last_layers" and cfg.last_layers > n_kept:
         raise InvalidConfigError(
             f"last_layers={cfg.last_layers} not in 1..{n_kept} ({plan}); set fewer"

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SPEED_METRICS', 'CHOICE_DIALS', 'is_number', 'metric_columns', 'shown_status', 'run_columns', 'sweep_table',
            'side_by_side', 'draw_series', 'plot_sweep', 'ShownValue', 'shown_value', 'ShownRun', 'shown_dials',
-           'shown_runs', 'column_label', 'is_shown', 'png_of', 'method_frontier', 'sweep_page', 'write_page']
+           'shown_runs', 'column_label', 'is_shown', 'png_of', 'healed_metrics', 'method_frontier', 'sweep_page',
+           'write_page']
 
 # %% ../nbs/625_sweep_page.ipynb #946fe7c2
 import base64
@@ -283,14 +284,23 @@ def png_of(
 CHOICE_DIALS = {"drop_by", "drop_count", "drop_share"}
 
 
+def healed_metrics(
+    table: pd.DataFrame,  # As from `sweep_table`
+) -> tuple[str, ...]:  # "nll", and the metric of the verdicts
+    "What was measured of the healed models, benchmarks left out."
+    names = [c.removeprefix("healed.") for c in table if c.startswith("healed.")]
+    return tuple(c for c in names if not c.endswith(("_lo", "_hi")) and " " not in c)
+
+
 def method_frontier(
     spec: SweepSpec,  # The sweep
+    table: pd.DataFrame,  # As from `sweep_table`
     infos: Sequence[dict[str, Any]],  # As for `sweep_page`
 ):  # matplotlib figure, or None where methods and counts are the same in all runs
     "Methods side by side, at equal counts."
     if not CHOICE_DIALS & set(spec.varied):
         return None
-    return plot_frontier(frontier(infos, TABLE_METRICS, series_dials(spec.varied)))
+    return plot_frontier(frontier(infos, healed_metrics(table), series_dials(spec.varied)))
 
 
 def sweep_page(
@@ -320,7 +330,7 @@ def sweep_page(
         fixed=", ".join(f"{name} = {value}" for name, value in spec.fixed.items()),
         shared=shared,
         figure=png_of(plot_sweep(table, spec.varied[0])),
-        frontier=png_of(method_frontier(spec, infos)),
+        frontier=png_of(method_frontier(spec, table, infos)),
         dials=shown_dials(spec, table),
         measured=[column_label(column) for column in measured],
         rows=shown_runs(spec, table, measured),
