@@ -52,8 +52,8 @@ def escape_html(
     return escape(str(value).translate(_WRITTEN_OUT))
 
 # %% ../nbs/020_pages.ipynb #08d70a53
-_AT_BEGINNING = r"^\s+|^[-+]+(?!\d)|^\d+\.(?!\d)"  # Would begin a list, a line or code
-_SIGNS = r"""[\t\r\n&<>"'`*_{}\[\]()\\#$~|!@:^=]|(?<=www)\."""
+_AT_BEGINNING = r"^\s{4,}|^\s*[-+]+(?!\d)|^\s*\d+[.)](?!\d)"  # Would begin code, a list or a line
+_SIGNS = r"""[\t\r\n&<>"'`*_{}\[\]\\#$~|!@:^=]|(?<=www)\."""
 _ACTIVE = re.compile(f"{_AT_BEGINNING}|{_SIGNS}", re.IGNORECASE)
 _BESIDE_TAGS = re.compile(r"[\r\n`*_{}\[\]\\$~|^]")  # Of HTML: what only Markdown reads
 
@@ -80,7 +80,7 @@ def escape_markdown(
 def _escaped_for(context, value):
     "What Jinja puts in a value's place: as the template's language needs it."
     if context.name.endswith(".md"):
-        return escape_markdown(value)
+        return value if isinstance(value, Markup) else escape_markdown(value)
     # `select_autoescape` escapes it behind this
     is_page = context.name.endswith(".html") and isinstance(value, str)
     return value.translate(_WRITTEN_OUT) if is_page else value
