@@ -39,8 +39,9 @@ def shipped_text(
     return file.read_text(encoding="utf-8")
 
 # %% ../nbs/020_pages.ipynb #e1c454f2
-_TURNING_MARKS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
-_WRITTEN_OUT = {code: f"⟨U+{code:04X}⟩" for code in _TURNING_MARKS}
+_TURNING_MARKS = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
+_CONTROLS = {*range(0x20), *range(0x7F, 0xA0)} - {ord(space) for space in "\t\n\r\f"}
+_WRITTEN_OUT = {code: f"⟨U+{code:04X}⟩" for code in _TURNING_MARKS | _CONTROLS}
 
 
 def escape_html(
@@ -53,9 +54,10 @@ def escape_html(
 
 # %% ../nbs/020_pages.ipynb #08d70a53
 _AT_BEGINNING = r"^\s{4,}|^\s*[-+]+(?!\d)|^\s*\d+[.)](?!\d)"  # Would begin code, a list or a line
-_SIGNS = r"""[\t\r\n&<>"'`*_{}\[\]\\#$~|!@:^=]|(?<=www)\."""
+_SIGNS = r"""[\t\r\n\f&<>"'`*_{}\[\]\\#$~|!@:^=]|(?<=www)\."""
 _ACTIVE = re.compile(f"{_AT_BEGINNING}|{_SIGNS}", re.IGNORECASE)
-_BESIDE_TAGS = re.compile(r"[\r\n`*_{}\[\]\\$~|^]")  # Of HTML: what only Markdown reads
+# In HTML: what only Markdown reads
+_BESIDE_TAGS = re.compile(r"[\r\n\f`*_{}\[\]\\$~|^:@]|(?<=www)\.", re.IGNORECASE)
 
 
 def _references(found: re.Match) -> str:

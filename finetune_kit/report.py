@@ -23,7 +23,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from .core import ROOT, write_atomic
 from .figures import STATE_WORDS, STATES
 from .logs import log
-from .pages import fill, html, shipped_text
+from .pages import escape_html, fill, html, shipped_text
 
 # %% ../nbs/510_report.ipynb #52a00001
 def _error_output(shell, error: BaseException):
@@ -209,8 +209,8 @@ def report_html(
         config={"NbConvertBase": {"display_data_priority": list(SHOWN_FORMS)}},
     )
     resources = dict(
-        title=title,
-        failure=failure,
+        title=escape_html(title),
+        failure=escape_html(failure),
         policy=shipped_text("policy.html"),
         css=shipped_text("report.css"),
         pygments_css=HtmlFormatter(style="default").get_style_defs(".highlight"),
