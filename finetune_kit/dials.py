@@ -108,6 +108,8 @@ class RunConfig(TrainConfig):
     eval_items: Annotated[int, Field(ge=2)] | None = None
     # Longest generated answer, in tokens; None: 95% of the references fit
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+    # Seconds to spend on how fast the whole and the cut model answer; 0: none
+    speed_seconds: Annotated[float, Field(ge=0)] = 10
 
     most_steps: ClassVar[int] = 200  # Where neither steps nor epochs are given
     most_items: ClassVar[int] = 200  # Where `eval_items` is not given

@@ -6,6 +6,7 @@
 __all__ = ['SECTIONS', 'flat_values', 'StrictConfig']
 
 # %% ../nbs/015_settings.ipynb #ba931394
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
@@ -149,10 +150,17 @@ class StrictConfig(BaseModel):
         """
         return None
 
+    def with_(
+        self,
+        **changes,  # Dial → value
+    ) -> Self:
+        "A copy with other values, checked as a whole; `InvalidConfigError` as for a new one."
+        return type(self)(**(self.model_dump(exclude_unset=True) | changes))
+
     @classmethod
     def from_yaml(
         cls,
-        path: str | Path,  # YAML file, which may extend others by `_extends`, flat or in `SECTIONS`
+        path: str | Path,  # YAML or JSON; may extend others by `_extends`, flat or in `SECTIONS`
         **changes,  # Values that override the file's
     ) -> Self:
         "Read settings. `MissingConfigError` for no file, `InvalidConfigError` for bad values."
@@ -160,8 +168,10 @@ class StrictConfig(BaseModel):
 
     def to_yaml(
         self,
-        path: str | Path,  # File to write
+        path: str | Path,  # File to write; as JSON, which is YAML too, if it ends in .json
     ) -> Path:  # `path`
         "Write what differs from the defaults, for `from_yaml` to read."
         values = self.model_dump(exclude_defaults=True)
+        if Path(path).suffix == ".json":
+            return write_atomic(path, json.dumps(values, indent=1, ensure_ascii=False))
         return write_atomic(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

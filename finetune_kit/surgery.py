@@ -119,7 +119,7 @@ def _check_sources(config, plan: LayerPlan):
                 f"which the plan takes out; keep layer {of_kind[-1]}"
             )
 
-
+# %% ../nbs/240_surgery.ipynb #7fe49e93
 def _renumber_sources(layers, plan: LayerPlan, undo: Undo):
     "Gemma 3n's attention knows the index of the layer whose keys and values it reads."
     for layer in layers:
@@ -133,7 +133,7 @@ def _restore_facts(config, facts: dict):
     vars(config).clear()
     vars(config).update(facts)
 
-
+# %% ../nbs/240_surgery.ipynb #157f8300
 def _take_out(model, plan: LayerPlan) -> Undo:
     "Take layers out of a model, for good or until what is returned is called, last one first."
     layers = _layers_for(model, plan)

@@ -160,7 +160,7 @@ def _check_dials(notebook: Path, dials: dict):
         if name not in known:
             raise InvalidConfigError(f"{notebook.name}: unknown parameter {choices(name, known)}")
 
-
+# %% ../nbs/900_terminal.ipynb #e61bff94
 def _printed_report(cells) -> Path | None:
     "The path in the last line that begins with `report: `."
     report = None
@@ -196,7 +196,7 @@ def _finished_report(folder: Path, output: Path | None) -> Path:
         shutil.copyfile(folder / "report.ipynb", output)
     return folder / "report.html"
 
-
+# %% ../nbs/900_terminal.ipynb #8c114647
 def execute(
     notebook: str | Path,  # An experiment, like "nbs/train.ipynb"
     parameter: list[str] | None,  # Dials: "NAME=VALUE"

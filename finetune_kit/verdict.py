@@ -333,13 +333,34 @@ def _near_zero(it: Judgement, pair: str) -> str:
     return f"{_against(it, pair)}, all of it within ±{_number(it.margin)}"
 
 
+def _healed_sentence(it: Judgement) -> Markup:
+    "The way to the control first: it alone keeps healing apart from learning."
+    cost, brought_back = _cost_words(it), share_words(it)
+    if it.to_control is None or it.sides["control_minus_base"] != "better":
+        return Markup("<b>In {}, the cut {}, and healing brought back {}</b>{}.").format(
+            _spoken(it.name), cost, brought_back, _way_to_control(it)
+        )
+    also = ""
+    if it.of_cost is not None and it.of_cost["mean"] > 1:
+        also = ", since fine-tuning also taught what the base did not know"
+    return Markup(
+        "<b>In {}, the cut {}, and healing went {} of the way from the cut model to the "
+        "control</b>; {}. Against the base it brought back {}{}."
+    ).format(
+        _spoken(it.name),
+        cost,
+        _with_interval(it.to_control, _percent),
+        _against(it, "healed_minus_control"),
+        brought_back,
+        also,
+    )
+
+# %% ../nbs/515_verdict.ipynb #c9ddbcb3
 def _cut_sentence(it: Judgement) -> Markup:
     "Of the kinds in which a cut can be judged."
     name = _spoken(it.name)
     if it.kind == "healed":
-        return Markup("<b>In {}, the cut {}, and healing brought back {}</b>{}.").format(
-            name, _cost_words(it), share_words(it), _way_to_control(it)
-        )
+        return _healed_sentence(it)
     if it.kind == "not healed":
         return Markup(
             "<b>In {}, the cut {}, and healing brought back nothing measurable</b>: {}."

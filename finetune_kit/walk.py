@@ -347,7 +347,7 @@ def check_causal(
             f"{distance:.2g} of their spread), so this is no causal language model"
         )
 
-
+# %% ../nbs/345_walk.ipynb #e0302511
 def _expected_logits(model, layers: list[int | None]) -> list[torch.Tensor]:
     "By a pass of the model without each of these layers; None: the whole model."
     expected = []
@@ -371,7 +371,7 @@ def _walked_states(model, layers: list[int | None], batch: dict) -> list[torch.T
     real = batch["attention_mask"].bool()
     return [branch.movedim(traced.row_dim, 0)[real] for branch in states]
 
-
+# %% ../nbs/345_walk.ipynb #21a17b21
 def _check_padding(model):
     "`UnsupportedModelError` where a padded row is not what it is alone: the walk pads."
     difference = padding_leaks(model)
@@ -402,7 +402,7 @@ def _compare_walk(model):
             errors.append(error)
     raise errors[-1]
 
-
+# %% ../nbs/345_walk.ipynb #be618915
 @contextlib.contextmanager
 def _reason_said(model, how: str):
     "Within the block, what goes wrong is said to be why the model cannot be studied so."

@@ -31,6 +31,24 @@ def one_run(runs):
     return folder, json.loads((folder / "run.json").read_text())
 
 
+def test_layer_study_of_plain_texts(warm, tmp_path):
+    """Texts have no sides, so that the two sets are different rows of different lengths."""
+    names = "otter", "puffin", "hare"
+    texts = [f"The {name} lives here. " * (1 + n) for n in range(4) for name in names]
+    data = tmp_path / "texts.json"
+    data.write_text(json.dumps(texts))
+    dials = dict(data=str(data), items=4, greedy_k=2, blocks=0, parts="", precisions="")
+    notebook = "nbs/layer_study.ipynb"
+    done = warm(tmp_path / "out.ipynb", tmp_path / "runs", notebook, **dials)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder, info = one_run(tmp_path / "runs")
+    assert info["status"] == "done"
+    chosen_by = pd.read_csv(folder / "chosen_by.csv").set_index("chosen_by")
+    removed = pd.read_csv(folder / "greedy.csv")
+    assert chosen_by.delta["greedy"] == pytest.approx(removed.delta.iloc[-1], abs=1e-6)
+    assert chosen_by.layers["the last layers"] == "10, 11"
+
+
 def test_layer_study(warm, tmp_path):
     done = warm(
         tmp_path / "out.ipynb",
