@@ -492,3 +492,49 @@ def test_every_page_of_its_own_has_the_policy(tokenizer, tmp_path, monkeypatch):
         head = page.partition("<body>")[0]
         assert head.index(policy) < head.index("<title>") < head.index("<style>")
         assert "<script" not in page
+
+
+# Whole runs
+
+
+IMAGE = "<img src=x onerror='window.ran = 1'>"  # a file may be called so, too
+
+
+def strangers_rows():
+    for n in range(60):
+        yield {
+            f"ask {IMAGE}": f"What is {n} plus 1? {HOSTILE['formula'] if n % 3 else IMAGE}",
+            f"reply {IMAGE}": f"{n + 1} {IMAGE} [a](javascript:window.ran=1)",
+            "domain": f"d{n % 2} *b* {IMAGE}",
+            f"other {IMAGE} `c`": HOSTILE["blocks"],
+        }
+
+
+@pytest.mark.slow
+def test_runs_on_strangers_data(tmp_path, warm, unguarded):
+    "A run, its control, a comparison, and a run that fails: all that is hostile stays text."
+    data, model = tmp_path / f"{IMAGE}.jsonl", tmp_path / f"tiny {IMAGE}"
+    data.write_text("".join(json.dumps(row) + "\n" for row in strangers_rows()))
+    model.symlink_to(ROOT / "data/tiny-base")
+    mapping = dict(question=f"ask {IMAGE}", answer=f"reply {IMAGE}", domain="domain")
+    dials = dict(model=model, data=data, mapping=mapping, max_steps=2, eval_items=6)
+    dials |= dict(max_new_tokens=4, backend="transformers")
+    runs = tmp_path / "runs"
+    for drop_layer in (3, 7):
+        done = warm(tmp_path / "out.ipynb", runs, drop_layer=drop_layer, **dials)
+        assert done.returncode == 0, done.stderr
+    done = warm(tmp_path / "out.ipynb", runs, "nbs/compare.ipynb")
+    assert done.returncode == 0, done.stderr
+    no_rows = dials | dict(mapping=dict(question=f"{IMAGE} that is not there", answer="b"))
+    assert warm(tmp_path / "out.ipynb", runs, drop_layer=1, **no_rows).returncode == 1
+    reports = sorted(runs.glob("*/report.html"))
+    assert len(reports) >= 3
+    for report in reports:
+        unguarded.open(report.as_uri())
+        assert unguarded.evaluate("window.ran === undefined"), report
+        assert "onerror=" in unguarded.text(), report
+        elements = {tuple(element.split(" ", 1)) for element in skeleton(unguarded)}
+        assert not {tag for tag, _ in elements} & {"SCRIPT", "IFRAME", "OBJECT", "FORM"}
+        assert not {names for _, names in elements if re.search(r"\bon", names)}, report
+        sources = unguarded.evaluate("[...document.images].map(i => i.src.slice(0, 5))")
+        assert set(sources) <= {"data:"}, report
