@@ -15,6 +15,7 @@ from typing import Any
 from .catalogue import Catalogue
 from .core import MissingConfigError
 from .engine import Engine, Job
+from .pages import escape_html
 from .requests import Request
 
 # %% ../nbs/835_demo.ipynb #f36fad7a
@@ -181,7 +182,8 @@ def demo(
         try:
             yield from ask(*values)
         except Exception as error:
-            raise gr.Error(str(error)) from error
+            # Gradio shows a message as HTML
+            raise gr.Error(str(escape_html(error))) from error
 
     with gr.Blocks(title="finetune_kit") as page:
         controls = lay_out(catalogue.names(), max_tokens)

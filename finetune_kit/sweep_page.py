@@ -175,7 +175,7 @@ def plot_sweep(
         draw_series(axes[1], table, x, gap)
         axes[1].axhline(0, color=STATES["control"], lw=1)
         axes[1].set(ylabel="healed − control")
-    axes[-1].set(xlabel=x)
+    axes[-1].set(xlabel=plain_text(x))
     return fig
 
 

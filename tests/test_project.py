@@ -104,14 +104,6 @@ def test_every_cell_is_python(path):
         compile(code, f"{path.name}, {cell['id']}", "exec")
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_tables_have_ids_of_their_own(path):
-    "A table that draws its own id makes no two reports alike."
-    for cell, source in code_cells(path):
-        n_tables = len(re.findall(r"\.hide\(axis=.index.\)", source))
-        assert n_tables == source.count(".set_uuid("), cell["id"]
-
-
 def test_readme_is_the_index():
     command = [
         "nbconvert",
