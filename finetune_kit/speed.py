@@ -8,6 +8,7 @@ __all__ = ['MemoryTrace', 'trace_memory', 'PeakMemory', 'most_held', 'peak_memor
 
 # %% ../nbs/340_speed.ipynb #db1e7957
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,6 +37,7 @@ def trace_memory(
     call: Callable[[], Any],  # Called without arguments, on tensors of the CPU
 ) -> MemoryTrace:
     "What a call holds over its time; the profiler slows it down."
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it writes to stderr by itself
     from torch.profiler import ProfilerActivity, profile
 
     with tempfile.TemporaryDirectory() as folder:
