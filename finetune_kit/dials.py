@@ -350,12 +350,11 @@ class HealConfig(RunConfig):
     "Everything that decides about a study of healing: a run's config, for several cuts."
 
     drop_layer: None = None  # Each of `layers` in turn
-    prune_after: None = None  # Has no meaning in this experiment, nor have the next five
+    prune_after: None = None  # Has no meaning in this experiment, nor have the next four
     drop_by: None = None
     drop_count: None = None
     drop_share: None = None
     choice_items: None = None
-    race: Literal[False] = False
     tasks: Literal[""] = ""  # Nor have benchmarks
     tasks_folder: None = None
     layers: int | str | list[int] | None = None  # Layers to take out, one at a time; None: all
