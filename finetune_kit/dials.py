@@ -390,7 +390,6 @@ class HealConfig(RunConfig):
     drop_count: None = None
     drop_share: None = None
     choice_items: None = None
-    race: Literal[False] = False
     heal: Literal["sft"] = "sft"
     targets_from: Literal["data"] = "data"
     tasks: Literal[""] = ""  # Nor have benchmarks

@@ -106,6 +106,8 @@ def sweep_table(
     for dial in spec.varied:
         # As objects, or a None among whole numbers would make fractions of them
         table[dial] = pd.Series([row[dial] for row in rows], dtype=object)
+    if "layers out" in table:
+        table["layers out"] = table["layers out"].fillna("")
     return table
 
 # %% ../nbs/625_sweep_page.ipynb #935c969c
@@ -162,7 +164,9 @@ def plot_sweep(
         return None
     gap = {"healed − control": f"healed_minus_control.{name}"}
     has_gap = gap["healed − control"] in table
-    width = max(6, min(13, 0.5 * table[x].map(str).nunique() + 2.5))
+    ticks = table[x].map(str).unique()
+    letters = sum(len(tick) + 2 for tick in ticks)
+    width = max(6, min(13, max(0.5 * len(ticks) + 2.5, 0.1 * letters + 1)))
     fig = Figure(figsize=(width, 5.6 if has_gap else 3.6), layout="constrained")
     heights = [3, 2] if has_gap else [3]
     axes = fig.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
@@ -243,7 +247,7 @@ def shown_runs(
                 id=row["id"],
                 status=row["status"],
                 error=str(row["error"] or "")[:300],
-                verdict=row["verdict"] or "",
+                verdict=row["verdict"] if isinstance(row["verdict"], str) else "",
                 has_report=(runs_folder() / row["id"] / "report.html").exists(),
                 dials=[str(row[dial]) for dial in shown_dials(spec, table)],
                 values=[shown_value(row, column) for column in measured],
