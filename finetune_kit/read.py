@@ -23,11 +23,11 @@ from finetune_kit.fields import (
     SPLITS,
     Fields,
     find_fields,
-    is_message_list,
     is_usable,
     split_from_name,
 )
 from .tables import table_format
+from .turns import is_message_list
 
 # %% ../nbs/120_read.ipynb #d2cfda9a
 loaders = Registry("file format")  # Suffix → loader
