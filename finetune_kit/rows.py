@@ -19,6 +19,7 @@ from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, SupportsIndex
 
+from .contents import column_kinds
 from finetune_kit.core import (
     ROOT,
     DatasetLoadError,
@@ -32,25 +33,24 @@ from finetune_kit.core import (
 from .duplicates import NearPair, near_pairs
 from finetune_kit.fields import (
     IGNORE,
+    MEANING,
     SPLITS,
     Detection,
     FieldMapping,
     Fields,
     FoundFields,
     check_mapping,
-    column_kinds,
     find_fields,
-    is_message_list,
-    is_usable,
-    readings_by_content,
     split_from_name,
-    value_at,
     without_ignored,
 )
-from .messages import check_rivals, shape_row, spoken_text, unused_keys
-from .options import counts_from_one
+from .first_rows import numbers_of, reading_of
+from .marks import note_of_marks, unused_keys
+from .messages import check_rivals, shape_row, spoken_text
+from .options import Numbers
 from .read import Lines, file_suffix, loaders
 from .trees import conversations_of, is_message_record, is_message_tree, tree_messages
+from .turns import is_message_list
 
 # %% ../nbs/130_rows.ipynb #6997f66e
 # What follows these in a reason is about the one row: "duplicate of a.jsonl:1", "no JSON: …"
@@ -341,49 +341,19 @@ class RawRow(NamedTuple):
     source: str  # "a.jsonl:3"
     value: Any  # Of the file; a `ValueError` where it could not be read
     by_content: Fields = {}  # noqa: RUF012  Fields as the first rows of the part suggest them
-    counts_from: int = 0  # The number of the first choice
+    numbers: Numbers = "from 0"  # What a number means, where it says which choice is right
     wanted: str | None = None  # As in `SourcePart`
 
 
-def _stop_at_two_readings(label: str, readings: Sequence[Fields]) -> None:
-    "`NoTextColumnsError` where there are several."
-    if len(readings) > 1:
-        shown = [f"mapping={reading!r}" for reading in readings[:4]]
-        raise NoTextColumnsError(
-            f"{label} can be read in {len(readings)} ways; choose one: {' or '.join(shown)}"
-        )
-
-
-def _reading(label: str, rows: list[dict], mapping: FieldMapping | None) -> Fields:
-    "What the first rows show by their content. `NoTextColumnsError` where it is not clear."
-    found = [find_fields(row, mapping) for row in rows]
-    rivals = [fields.rivals for fields in found if fields.rivals]
-    if len(rivals) > len(rows) / 2:
-        part, names = next(iter(rivals[0].items()))
-        _stop_at_two_readings(label, [{part: name} for name in names])
-    pairs = zip(rows, found, strict=True)
-    unclear = [(row, fields) for row, fields in pairs if not is_usable(fields.fields)]
-    if not unclear:
-        return {}
-    known = unclear[0][1].fields
-    sample = [without_ignored(row, mapping) for row, _ in unclear]
-    readings = readings_by_content(sample, known)
-    if len(unclear) > len(rows) / 2:
-        _stop_at_two_readings(label, readings)
-    return readings[0] if len(readings) == 1 else {}
-
-
-def _first_number(rows: list[dict], mapping: FieldMapping | None) -> int:
-    "What the choices of the first rows count from."
-    pairs = []
-    for row in rows:
-        fields = find_fields(row, mapping).fields
-        if "label" in fields and isinstance(fields["label"], str):
-            names = fields["choices"]
-            joined = isinstance(names, tuple)
-            value = [row.get(name) for name in names] if joined else value_at(row, str(names))
-            pairs.append((value, value_at(row, fields["label"])))
-    return int(counts_from_one(pairs))
+def _all_dicts(source: DataSource) -> Iterator[dict]:
+    "The rows of all parts of a source, up to 10,000 of each; parts that cannot be read give none."
+    for part in _parts(source, None):
+        try:
+            for _, value in islice(part.lines, 10_000):
+                if isinstance(value, dict):
+                    yield value
+        except DatasetLoadError:
+            continue
 
 # %% ../nbs/130_rows.ipynb #93f57cef
 def _of_trees(label: str, lines: Lines) -> Iterator[RawRow]:
@@ -404,7 +374,9 @@ def _of_tree(label: str, line: Any, tree: dict) -> Iterator[RawRow]:
         yield RawRow(f"{label}:{line}[{place}]", turns)
 
 
-def _raw_rows(part: SourcePart, mapping: FieldMapping | None, into: Rows) -> Iterator[RawRow]:
+def _raw_rows(
+    part: SourcePart, source: DataSource, mapping: FieldMapping | None, into: Rows
+) -> Iterator[RawRow]:
     head = list(islice(part.lines, 200))
     rows = [value for _, value in head if isinstance(value, dict)]
     lines = chain(head, part.lines)
@@ -413,16 +385,16 @@ def _raw_rows(part: SourcePart, mapping: FieldMapping | None, into: Rows) -> Ite
         yield from _of_trees(part.label, lines)
         return
     trees = [row for row in rows if is_message_tree(row)]
-    by_content = {} if trees else _reading(part.label, rows, mapping)
-    counts_from = _first_number(rows, mapping)
-    if counts_from:
+    by_content = {} if trees else reading_of(part.label, rows, mapping)
+    numbers = numbers_of(part.label, rows, mapping, lambda: _all_dicts(source))
+    if numbers == "from 1":
         into.notes.append(f"{part.label}: the numbers of the right choices count from 1")
     for line, value in lines:
         if is_message_tree(value):
             yield from _of_tree(part.label, line, value)
         else:
-            source = f"{part.label}:{line}"
-            yield RawRow(source, value, by_content, counts_from, part.wanted)
+            place = f"{part.label}:{line}"
+            yield RawRow(place, value, by_content, numbers, part.wanted)
 
 # %% ../nbs/130_rows.ipynb #5261f893
 def _in_turn(parts: Iterable[Iterator[RawRow]]) -> Iterator[RawRow]:
@@ -445,7 +417,8 @@ def stream_rows(
     """
     check_mapping(mapping)
     into = Rows() if into is None else into
-    parts = [_raw_rows(part, mapping, into) for part in _parts(resolve_source(source), split)]
+    source = resolve_source(source)
+    parts = [_raw_rows(part, source, mapping, into) for part in _parts(source, split)]
     for raw in _in_turn(parts) if in_turn else chain(*parts):
         try:
             found, row = _row_of(raw, mapping)
@@ -472,7 +445,7 @@ def _row_of(raw: RawRow, mapping: FieldMapping | None) -> tuple[FoundFields, dic
     found = find_fields(raw.value, mapping, raw.by_content)
     check_rivals(found.rivals)
     value = without_ignored(raw.value, mapping) if isinstance(raw.value, dict) else raw.value
-    return found, shape_row(value, found.fields, raw.counts_from)
+    return found, shape_row(value, found.fields, raw.numbers)
 
 
 def _content_id(row: dict) -> str:
@@ -523,7 +496,7 @@ def _check_mapped_fields(rows: Rows, mapping: FieldMapping | None, source: DataS
     used |= {re.split(r"[.\[]", name)[0] for name in used}
     for part, names in (mapping or {}).items():
         for name in names if isinstance(names, list) else [names]:
-            if part != IGNORE and name not in used:
+            if part not in (IGNORE, MEANING) and name not in used:
                 raise NoTextColumnsError(
                     f"mapping: no row of {source.label} has a field {name!r}; "
                     f"found: {'; '.join(rows.detected())}"
@@ -572,4 +545,6 @@ def load_rows(
     if not rows:
         raise _no_rows_error(source, split, rows.rejects)
     _check_mapped_fields(rows, mapping, source)
+    note = note_of_marks(rows.ignored)
+    rows.notes += [note] if note else []
     return drop_near(rows) if dedupe == "near" else rows
