@@ -14,7 +14,7 @@ from typing import Any
 
 from .fields import PASSAGES, Fields
 from .names import is_about, is_empty, is_media, key_of, keyed, words_of
-from .turns import is_turn_list
+from .turns import SPEAKERS, is_turn_list
 
 # %% ../nbs/117_contents.ipynb #43b85345
 def _is_question(text: str) -> bool:
@@ -62,7 +62,9 @@ _CLASSES = keyed(
     *("label", "labels", "class", "classes", "category", "target", "sentiment", "intent"),
     *("emotion", "gold", "stars", "y"),
 )
-_CODE = re.compile(r"\S*[\d/\\@#_-]\S*")  # One word, with what an id or a path has in it
+# A path, an address, a long number in hexadecimal, a date
+_CODE = re.compile(r"\S*[/\\@]\S*|[0-9a-fA-F-]{16,}|\d{4}-\d\d-\d\d\S*")
+_NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?")
 
 
 def _leaves(value: Any) -> list:
@@ -72,16 +74,25 @@ def _leaves(value: Any) -> list:
     return list(chain(*map(_leaves, value))) if isinstance(value, list) else [value]
 
 
+def _may_be_content(name: str, values: list) -> bool:
+    "Whether a column could be a question or an answer: it has words, and is no id or path."
+    if is_about(name) or is_media(name) or key_of(name) in SPEAKERS:
+        return False
+    texts = [leaf for leaf in chain(*map(_leaves, values)) if isinstance(leaf, str)]
+    return bool(texts) and not _holds_for_most(lambda t: bool(_CODE.fullmatch(t)), texts)
+
+
 def _is_content(name: str, values: list) -> bool:
+    "Whether a column that nobody uses is likely one that was meant to be learned."
     if is_about(name) or is_media(name):
         return False
     leaves = [leaf for leaf in chain(*map(_leaves, values)) if not is_empty(leaf)]
-    texts = [leaf for leaf in leaves if isinstance(leaf, str)]
+    texts = [leaf for leaf in leaves if isinstance(leaf, str) and not _NUMBER.fullmatch(leaf)]
     is_class = words_of(name)[-1] in _CLASSES and not any(isinstance(leaf, bool) for leaf in leaves)
     if not texts:
         return is_class and bool(leaves)
     says_one_thing = len(values) > 1 and len(set(map(str, values))) == 1
-    return not says_one_thing and not _holds_for_most(lambda t: bool(_CODE.fullmatch(t)), texts)
+    return not says_one_thing and _may_be_content(name, values)
 
 
 def content_columns(
@@ -131,8 +142,10 @@ def readings_by_content(
     kinds = column_kinds(rows)
     columns_of = defaultdict(list)
     content = content_columns(rows, known)
-    for column in kinds:
-        if column in content or (kinds[column] == "turns" and not is_about(column)):
+    taken = set(chain(*map(_as_tuple, known.values())))
+    for column, values in _columns(rows).items():
+        is_turns = kinds[column] == "turns" and not is_about(column)
+        if column not in taken and (is_turns or _may_be_content(column, values)):
             columns_of[kinds[column]].append(column)
     if columns_of["turns"]:
         return [dict(messages=column) for column in columns_of["turns"]]

@@ -140,7 +140,7 @@ def _with_pair(row: dict, fields: Fields) -> Fields:
             continue
         pair: Fields = dict(answer=made[0]) if is_known else dict(question=given[0], answer=made[0])
         unmade = ("messages", "text", "label")
-        return {part: name for part, name in fields.items() if part not in unmade} | pair
+        return pair | {part: n for part, n in fields.items() if part not in (*unmade, *pair)}
     return fields
 
 # %% ../nbs/115_fields.ipynb #5eafeb3d
@@ -255,6 +255,7 @@ class FoundFields(NamedTuple):
 
 # %% ../nbs/115_fields.ipynb #7fdd66c2
 _RIVAL_PARTS = ("messages", "question", "input", "answer", "text")
+_BESIDE = ("system", "tools", "reasoning")  # Parts of any row
 
 
 def _names_for(row: dict, part: str, field: str | tuple[str, ...]) -> list[str]:
@@ -277,7 +278,8 @@ def _rivals(row: dict, fields: Fields, by_hand: Fields) -> dict[str, tuple[str, 
         parts -= {"text"}
     taken = set(chain(*((f,) if isinstance(f, str) else f for f in fields.values())))
     rivals = {}
-    for part in _RIVAL_PARTS:
+    parts |= set(_BESIDE)
+    for part in (*_RIVAL_PARTS, *_BESIDE):
         if part not in parts or part not in fields or part in by_hand:
             continue
         others = taken - {fields[part]}

@@ -45,6 +45,7 @@ _GOOD_WORDS = keyed(
     *("correct", "right", "positive", "like", "liked", "upvote", "upvoted", "thumbs_up", "up"),
     *("pass", "passed", "success", "ok", "safe", "excellent", "great"),
 ) | {"👍"}
+_PREFERENCE = {"chosen", "rejected"}
 _TRUTH = {"true": True, "yes": True, "y": True, "1": True, "1.0": True} | {
     "false": False,
     **dict.fromkeys(("no", "n", "0", "0.0", "-1", "-1.0"), False),
@@ -82,7 +83,8 @@ def may_mark(
     name: str,  # As `unused_keys` lists it: "rating", "messages[].rating"
 ) -> bool:
     "Whether a key that was not used may mark bad rows."
-    return _mark_key(re.split(r"\]\.", name)[-1]) is not None
+    key = _mark_key(re.split(r"\]\.", name)[-1])
+    return key is not None and key not in _PREFERENCE  # Those are answers, or could be read
 
 # %% ../nbs/123_marks.ipynb #80c2111f
 _WEIGHTS = keyed(
@@ -135,7 +137,6 @@ def check_turn_marks(
             raise ValueError(f"the {role}'s turn has 'tools'; they can stand in the system's")
 
 # %% ../nbs/123_marks.ipynb #ce6560be
-_PREFERENCE = {"chosen", "rejected"}
 _CALLS = keyed("tool_calls", "tool_call", "function_call", "function_calls")
 
 
@@ -153,6 +154,12 @@ def _is_preference(name: Any, value: Any) -> bool:
     return bool(_PREFERENCE & set(words_of(name))) and not is_about(name) and not is_truth
 
 
+def _preference_problem(names: Iterable[Any]) -> str:
+    problem = "a preference row (chosen, rejected): used only where it is asked for"
+    chosen = [name for name in names if "chosen" in words_of(name)]
+    return problem + (f", as in mapping={{'answer': {chosen[0]!r}}}" if chosen else "")
+
+
 def check_marks(
     raw: dict,  # A row as it was read
     fields: Fields,  # Its parts
@@ -168,10 +175,7 @@ def check_marks(
         if key_of(name) in _CALLS:
             raise ValueError(f"it has {name!r} outside of any turn" + remedy % name)
         if _is_preference(name, value) and not any(_PREFERENCE & set(words_of(n)) for n in used):
-            raise ValueError(
-                "a preference row (chosen, rejected): used only where it is asked for, "
-                f"as in mapping={{'answer': {str(name)!r}}}" + remedy % name
-            )
+            raise ValueError(_preference_problem(values) + remedy % name)
         is_class = is_text and key_of(name) == "label" and not _is_boolean(value)
         if says_bad(name, value) and not is_class:
             raise ValueError(f"marked undesirable: {name} {value!r:.40}" + remedy % name)

@@ -30,7 +30,7 @@ from .names import is_empty, key_of
 from .options import Numbers, right_option, with_options
 from .read import parse_json
 from .texts import clean, text_of
-from .turns import ROLES, is_message_list, is_turn, names_conversation
+from .turns import SPEAKERS, is_message_list, is_role, is_turn, names_conversation
 
 # %% ../nbs/125_messages.ipynb #37819639
 def _field_text(raw: dict, names: str | tuple[str, ...], part: str) -> str:
@@ -179,15 +179,12 @@ def _labels(raw: dict, fields: Fields) -> dict[str, str]:
     }
 
 # %% ../nbs/125_messages.ipynb #76a6cd99
-_SPEAKERS = ("role", "from", "speaker", "sender", "author")
-
-
 def _check_alone(raw: dict, fields: Fields) -> None:
     "`ValueError` for a single message, whose conversation stands elsewhere."
     for name, value in raw.items():
-        if key_of(name) not in _SPEAKERS:
+        if key_of(name) not in SPEAKERS:
             continue
-        if key_of(value) in map(key_of, ROLES) or names_conversation(raw):
+        if is_role(value) or names_conversation(raw):
             raise ValueError(
                 f"a single message of a conversation ({name} {value!r:.40}), whose other turns "
                 "no parent_id tells; give rows with all turns in `messages`"
