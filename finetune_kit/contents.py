@@ -78,6 +78,8 @@ def _may_be_content(name: str, values: list) -> bool:
     "Whether a column could be a question or an answer: it has words, and is no id or path."
     if is_about(name) or is_media(name) or key_of(name) in SPEAKERS:
         return False
+    if {"chosen", "rejected"} & set(words_of(name)):  # Used only where it is asked for
+        return False
     texts = [leaf for leaf in chain(*map(_leaves, values)) if isinstance(leaf, str)]
     return bool(texts) and not _holds_for_most(lambda t: bool(_CODE.fullmatch(t)), texts)
 
@@ -157,9 +159,9 @@ def readings_by_content(
     if questions and "answer" not in known and ("input" in known or len(passages) != 1):
         return [dict(question=q, answer=a) for q in questions for a in answers]
     if questions and "answer" not in known:
-        fields = dict(input=passages[0])
-        answers = [column for column in answers if column != passages[0]]
-        return [dict(question=q) | fields | dict(answer=a) for q in questions for a in answers]
+        passage = passages[0]
+        answers = [column for column in answers if column != passage]
+        return [dict(question=q, input=passage, answer=a) for q in questions for a in answers]
     if "input" in known or "answer" in known:
         part = "answer" if "input" in known else "question"
         return [{part: column} for column in (answers if part == "answer" else questions)]

@@ -316,7 +316,7 @@ def _with_choices(row: dict, fields: Fields, by_hand: Fields) -> Fields:
     "With `choices` and `label` in place of `answer`, where a row has choices; else without these."
     others = {p: name for p, name in fields.items() if p not in ("choices", "label")}
     options = by_hand.get("choices") or _choice_fields(row, fields)
-    asked = [others[part] for part in ("question", "input", "text") if part in others]
+    asked: list[Any] = [others[part] for part in ("question", "input", "text") if part in others]
     asked = asked or _texts(row, "sentence", "premise")
     if not options or not asked or "messages" in others or "answer" in by_hand:
         return others
@@ -346,8 +346,10 @@ def find_fields(
     answer = fields.get("answer")
     if isinstance(answer, str) and answer in row:
         fields["answer"] = _answer_path(row, answer)
-    content = {part: name for part, name in (by_content or {}).items() if isinstance(name, str)}
-    filled = {part: name for part, name in content.items() if value_at(row, name) is not None}
+    filled: Fields = {}
+    for part, name in (by_content or {}).items():
+        if isinstance(name, str) and value_at(row, name) is not None:
+            filled[part] = name
     if filled and not is_usable(fields) and is_usable(filled | fields):
         return FoundFields("content", filled | fields, {})
     return FoundFields("hand" if by_hand else "name", fields, _rivals(row, fields, by_hand))

@@ -56,16 +56,20 @@ def _stop_at_unused_content(label: str, rows: list[dict], found: list[FoundField
         return
     fields = bare[0][1]
     parts = ("input", "answer") if "answer" in fields and "input" in fields else ("text",)
-    used = {part: fields[part] for part in parts if part in fields}
-    taken: Fields = used | {p: fields[p] for p in ("domain", "tools", "history") if p in fields}
+    used: Fields = {part: fields[part] for part in parts if part in fields}
+    taken = Fields(used)
+    taken.update({p: fields[p] for p in ("domain", "tools", "history") if p in fields})
     left = content_columns([row for row, _ in bare], taken)
+    answer = fields.get("answer")
+    if isinstance(answer, str) and answer not in (*used.values(), *left):
+        left.append(answer)
     if not left or not used or not all(isinstance(field, str) for field in used.values()):
         return
     plain = used | {IGNORE: left}
     if parts == ("text",):
         mappings = [dict(question=used["text"], answer=column) for column in left] + [plain]
     else:
-        mappings = [dict(question=column) | used for column in left] + [plain]
+        mappings = [{"question": column, **used} for column in left] + [plain]
     names = " and ".join(map(repr, used.values()))
     verb = "would be all that is learned" if parts == ("text",) else "would be learned alone"
     _stop(label, f"has more to it: {names} {verb}, without {', '.join(left)}", mappings[-4:])

@@ -50,9 +50,10 @@ def _lettered(values: Sequence) -> list[Option]:
         raise ValueError(f"it has {len(texts)} choices; up to {len(LETTERS)} can be read")
     marks = [_OWN_LABEL.match(text) for text in texts]
     own = "".join((mark[1] or mark[2] or "?").upper() for mark in marks if mark)
-    if len(own) == len(texts) and (LETTERS.startswith(own) or "123456789".startswith(own)):
-        texts = [text[mark.end() :] for text, mark in zip(texts, marks, strict=True) if mark]
-        return [Option(label, text) for label, text in zip(own, texts, strict=True)]
+    rests = [text[mark.end() :] for text, mark in zip(texts, marks, strict=True) if mark]
+    in_order = LETTERS.startswith(own) or "123456789".startswith(own)
+    if len(own) == len(texts) and in_order and all(rests):
+        return [Option(label, rest) for label, rest in zip(own, rests, strict=True)]
     return [Option(letter, text) for letter, text in zip(LETTERS, texts, strict=False)]
 
 # %% ../nbs/105_options.ipynb #1b56f9d7
@@ -89,7 +90,8 @@ def _struct_options(value: dict) -> list[Option]:
         raise ValueError(f"its choices are {', '.join(map(str, value))}; lists can be read")
     items = [dict(zip(lists, item, strict=True)) for item in zip(*lists.values(), strict=True)]
     labels = [item.get("label", item.get("labels")) for item in items]
-    if all(label in (0, 1) for label in labels) and sum(labels) == 1 < len(labels) - 1:
+    marks = [label for label in labels if label in (0, 1)]
+    if len(marks) == len(labels) > 2 and sum(marks) == 1:
         items = [  # One of three or more is marked
             {k: v for k, v in item.items() if k not in ("label", "labels")} | dict(right=bool(mark))
             for item, mark in zip(items, labels, strict=True)

@@ -433,7 +433,9 @@ def stream_rows(
             if raw.wanted not in (None, row.get("split")):
                 continue
             into.detections[found.detection()] += 1
-            into.ignored.update(unused_keys(raw.value, found.fields))
+            value = raw.value
+            value = without_ignored(value, mapping) if isinstance(value, dict) else value
+            into.ignored.update(unused_keys(value, found.fields))
             yield row | dict(source=raw.source, id=content_id)
 
 
