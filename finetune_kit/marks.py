@@ -6,6 +6,7 @@
 __all__ = ['says_bad', 'may_mark', 'is_scored', 'check_turn_marks', 'check_marks', 'unused_keys', 'note_of_marks']
 
 # %% ../nbs/123_marks.ipynb #224ed94f
+import functools
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -18,21 +19,22 @@ from .turns import named_turn, turns_in
 _TRUE_IS_GOOD = keyed(
     *("label", "kto_label", "kto_tag", "good", "desirable", "preferred", "chosen", "selected"),
     *("accept", "accepted", "approve", "approved", "valid", "correct", "positive", "passed"),
-    *("upvote", "upvoted", "thumbs_up", "like", "liked", "helpful", "useful", "usable", "clean"),
+    *("upvoted", "thumbs_up", "liked", "helpful", "useful", "usable", "clean", "verified"),
     *("safe", "relevant", "acceptable", "keep", "kept", "include", "included", "success", "ok"),
     *("pass", "successful", "best", "high_quality", "thumb_up"),
 )
 _TRUE_IS_BAD = keyed(
     *("bad", "undesirable", "reject", "rejected", "invalid", "incorrect", "wrong", "negative"),
-    *("downvote", "downvoted", "thumbs_down", "thumb_down", "disliked", "unsafe", "harmful"),
+    *("downvoted", "thumbs_down", "thumb_down", "dislike", "disliked", "unsafe", "harmful"),
     *("toxic", "offensive", "nsfw", "spam", "flag", "flagged", "deleted", "removed", "hidden"),
     *("exclude", "excluded", "skip", "ignore", "discard", "discarded", "low_quality", "irrelevant"),
     *("duplicate", "fail", "failed", "error", "broken", "corrupt", "corrupted", "hallucinated"),
+    *("hallucination", "drop", "dropped"),
 )
 _SAYS_IN_WORDS = keyed(
     *("status", "feedback", "rating", "quality", "review", "verdict", "judgement"),
     *("judgment", "judge", "preference", "vote", "grade", "decision", "moderation", "reaction"),
-    *("thumb", "thumbs", "winner", "stars", "annotation"),
+    *("thumb", "thumbs", "winner", "stars", "annotation", "like", "upvote", "downvote", "toxicity"),
 )
 _BAD_WORDS = keyed(
     *("bad", "undesirable", "rejected", "reject", "denied", "declined", "invalid", "incorrect"),
@@ -52,12 +54,22 @@ _TRUTH = {"true": True, "yes": True, "y": True, "1": True, "1.0": True} | {
 }
 
 # %% ../nbs/123_marks.ipynb #eed211fd
-def _mark_key(name: Any) -> str | None:
-    "A name's place in the tables: `isValid` is there as `valid`."
+_MARKS = _TRUE_IS_GOOD | _TRUE_IS_BAD | _SAYS_IN_WORDS
+_NO_MEANING = {"is", "was", "are", "has"}
+
+
+@functools.lru_cache(4096)
+def _mark_key(name: Any) -> tuple[str, bool] | None:
+    "A name's place in the tables, and whether it is all of the name: `isValid` is `valid`."
     key = key_of(name)
     for known in (key, key.removeprefix("is"), key.removeprefix("was")):
-        if known in _TRUE_IS_GOOD or known in _TRUE_IS_BAD or known in _SAYS_IN_WORDS:
-            return known
+        if known in _MARKS:
+            return known, True
+    words = [word for word in words_of(name) if word not in _NO_MEANING] or [""]
+    if words[-1] in _MARKS:  # "review_status"
+        return words[-1], False
+    if words[0] in _TRUE_IS_GOOD | _TRUE_IS_BAD and not is_about(name):  # "accepted_answer"
+        return words[0], False
     return None
 
 
@@ -66,15 +78,17 @@ def says_bad(
     value: Any,  # What stands there
 ) -> bool | None:  # None: it is no mark, or one that cannot be read
     "Whether a key marks what it belongs to as bad."
-    key = _mark_key(name)
-    if key is None or is_empty(value) or not isinstance(value, str | bool | int | float):
+    mark = _mark_key(name)
+    if mark is None or is_empty(value) or not isinstance(value, str | bool | int | float):
         return None
+    key, is_whole = mark
     text = str(value).strip().lower()
     word = key_of(text) or text
     if word in _BAD_WORDS or word in _GOOD_WORDS:
         return word in _BAD_WORDS
     truth = _TRUTH.get(text)
-    if truth is None or (key in _SAYS_IN_WORDS and text not in ("true", "false")):
+    is_number = text not in ("true", "false", "yes", "no")
+    if truth is None or (is_number and (key in _SAYS_IN_WORDS or not is_whole)):
         return None
     return truth if key in _TRUE_IS_BAD else not truth
 
@@ -83,8 +97,8 @@ def may_mark(
     name: str,  # As `unused_keys` lists it: "rating", "messages[].rating"
 ) -> bool:
     "Whether a key that was not used may mark bad rows."
-    key = _mark_key(re.split(r"\]\.", name)[-1])
-    return key is not None and key not in _PREFERENCE  # Those are answers, or could be read
+    mark = _mark_key(re.split(r"\]\.", name)[-1])
+    return mark is not None and mark[0] not in _PREFERENCE  # Those are answers, or could be read
 
 # %% ../nbs/123_marks.ipynb #80c2111f
 _WEIGHTS = keyed(

@@ -129,7 +129,7 @@ def _divided(text: str) -> list[str]:
         pairs = zip(starts, ends, strict=True)
         return [text[mark.end() : end].strip().rstrip(",;|").rstrip() for mark, end in pairs]
     for divider in ("\n", "|", ";"):
-        parts = [part.strip() for part in text.split(divider)]
+        parts = [part.strip().removeprefix("- ") for part in text.split(divider)]
         if len(parts) > 1:
             return [part for part in parts if part]
     return [text]

@@ -74,6 +74,7 @@ CHOICES = {  # Kind → rows, and the first answer; or a piece of the message th
     "bars": (chosen_from("B", choices="red|green|blue"), "green"),
     "letters in a text": (chosen_from("B", choices="A) red B) green"), "green"),
     "mathqa": (chosen_from("b", options="a ) 38 , b ) 27.675 , c ) 30"), "27.675"),
+    "points": (chosen_from("green", choices="- red\n- green"), "green"),
     "lines": (chosen_from("C", choices="A. red\nB. green\nC. blue"), "blue"),
     "a list as Python writes it": (chosen_from("B", choices="['red', 'green']"), "green"),
     "a list as NumPy writes it": (chosen_from("B", choices="['red' 'green']"), "without commas"),
@@ -158,6 +159,8 @@ MARKS = {
             *(("positive", 0), ("is_chosen", False), ("kto-label", "False"), ("label", "no")),
             *(("preference", "rejected"), ("Status", "Rejected"), ("feedback", "negative")),
             *(("rating", "bad"), ("quality", "poor"), ("flagged", True), ("is spam", "yes")),
+            *(("review_status", "REJECTED"), ("annotatorLabel", "bad"), ("badRow", True)),
+            *(("is_hallucination", True), ("accepted_answer", False), ("human_verified", "no")),
             *(("deleted", "true"), ("Thumbs Up", False), ("upvoted", 0), ("vote", "👎")),
         ]
     },
