@@ -130,7 +130,16 @@ def is_scored(
 
 # %% ../nbs/123_marks.ipynb #189ad25c
 _REFUSED = keyed("refusal", "mask", "masked", "prefix", "partial", "train_detail")
+_THOUGHTS = {"thinking", "reasoning", "thought", "thoughts", "cot"}
+_OF_THOUGHTS = {"effort", "mode", "budget", "enabled", "level", "step", "steps"}  # no thoughts
 _OF_ASSISTANT = ("tool_calls", "function_call", "reasoning_content")
+
+
+def _is_thought(name: Any, value: Any) -> bool:
+    "Whether a key of an unknown name holds thoughts: `thinking_trajectories`."
+    words = words_of(name)
+    is_one = bool(_THOUGHTS & set(words)) and words[-1] not in _OF_THOUGHTS and not is_about(name)
+    return is_one and name != "reasoning_content" and isinstance(value, str | list | dict)
 
 
 def check_turn_marks(
@@ -141,7 +150,7 @@ def check_turn_marks(
     for name, value in turn.items():
         if is_empty(value) or (value is False and not _mark_key(name)):
             continue
-        if key_of(name) in _REFUSED or is_media(name):
+        if key_of(name) in _REFUSED or is_media(name) or _is_thought(name, value):
             raise ValueError(f"a turn has {name!r}, which is not used")
         if says_bad(name, value):
             raise ValueError(f"a turn is marked undesirable: {name} {value!r:.40}")
@@ -186,6 +195,9 @@ def check_marks(
     for name, value in values.items():
         if is_media(name) and value not in (False, 0):
             raise ValueError(f"it has {name!r}, which is no text" + remedy % name)
+        if _is_thought(name, value) and not is_text:
+            remedies = f"; map it, mapping={{'reasoning': {name!r}}}, or" + remedy[1:] % name
+            raise ValueError(f"it has {name!r}, which looks like thoughts" + remedies)
         if key_of(name) in _CALLS:
             raise ValueError(f"it has {name!r} outside of any turn" + remedy % name)
         if _is_preference(name, value) and not any(_PREFERENCE & set(words_of(n)) for n in used):

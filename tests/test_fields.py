@@ -179,6 +179,8 @@ MARKS = {
         [dict(messages=[USER | dict(tool_calls=[dict(name="f")]), ANSWER])],
         "the assistant's to give",
     ),
+    "thoughts": (judge(thinking_trajectories=["Hm."]), "mapping={'reasoning': "),
+    "thoughts of a turn": (in_turn(model_reasoning="Hm."), "'model_reasoning'"),
     "a rejected answer": (judge(rejected_answer="No."), "preference"),
     "speaker": (
         [dict(conversation_id=1, speaker=s, text=PASSAGE) for s in ("user", "bot")],
