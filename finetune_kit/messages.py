@@ -260,6 +260,7 @@ def shape_row(
     raw: Any,  # A row as it was read: a dictionary, a text, turns, or the error of its loader
     fields: Fields,  # As from `find_fields(raw).fields`
     numbers: Numbers = "from 0",  # What a number means, where it says which choice is right
+    no_marks: Collection = (),  # As for `check_marks`
 ) -> dict:  # With `messages` (and `tools`) or `text`, and `domain` … where the row has them
     "Bring one row into the kit's shape. `ValueError` with the reason where it cannot be used."
     if isinstance(raw, ValueError):
@@ -272,7 +273,7 @@ def shape_row(
         return _with_tools(dict(messages=messages), tools_in_turns(raw, "the row"))
     if not isinstance(raw, dict):
         raise ValueError(f"a row is {type(raw).__name__}, not a mapping or text")
-    check_marks(raw, fields)
+    check_marks(raw, fields, no_marks)
     if not is_usable(fields):
         names = ", ".join(map(str, raw)) or "(none)"
         raise ValueError(f"no question and answer, messages or text among the fields {names}")

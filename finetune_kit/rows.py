@@ -45,7 +45,7 @@ from finetune_kit.fields import (
     without_ignored,
 )
 from .first_rows import numbers_of, reading_of
-from .marks import note_of_marks, unused_keys
+from .marks import columns_of_numbers, note_of_marks, unused_keys
 from .messages import check_rivals, shape_row, spoken_text
 from .options import Numbers
 from .read import Lines, file_suffix, loaders
@@ -343,6 +343,7 @@ class RawRow(NamedTuple):
     by_content: Fields = {}  # noqa: RUF012  Fields as the first rows of the part suggest them
     numbers: Numbers = "from 0"  # What a number means, where it says which choice is right
     wanted: str | None = None  # As in `SourcePart`
+    no_marks: frozenset = frozenset()  # Columns that are no marks of good or bad
 
 
 def _all_dicts(source: DataSource) -> Iterator[dict]:
@@ -386,6 +387,7 @@ def _raw_rows(
         return
     trees = [row for row in rows if is_message_tree(row)]
     by_content = {} if trees else reading_of(part.label, rows, mapping)
+    no_marks = columns_of_numbers(rows)
     numbers = numbers_of(part.label, rows, mapping, lambda: _all_dicts(source))
     if numbers == "from 1":
         into.notes.append(f"{part.label}: the numbers of the right choices count from 1")
@@ -394,7 +396,7 @@ def _raw_rows(
             yield from _of_tree(part.label, line, value)
         else:
             place = f"{part.label}:{line}"
-            yield RawRow(place, value, by_content, numbers, part.wanted)
+            yield RawRow(place, value, by_content, numbers, part.wanted, no_marks)
 
 # %% ../nbs/130_rows.ipynb #5261f893
 def _in_turn(parts: Iterable[Iterator[RawRow]]) -> Iterator[RawRow]:
@@ -447,7 +449,7 @@ def _row_of(raw: RawRow, mapping: FieldMapping | None) -> tuple[FoundFields, dic
     found = find_fields(raw.value, mapping, raw.by_content)
     check_rivals(found.rivals)
     value = without_ignored(raw.value, mapping) if isinstance(raw.value, dict) else raw.value
-    return found, shape_row(value, found.fields, raw.numbers)
+    return found, shape_row(value, found.fields, raw.numbers, raw.no_marks)
 
 
 def _content_id(row: dict) -> str:

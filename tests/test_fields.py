@@ -250,6 +250,12 @@ def test_numbers_by_other_parts_and_by_hand():
     assert by_hand[0]["messages"][-1]["content"] == "green"
 
 
+def test_classes_are_no_marks():
+    rows = [dict(question=question(i), answer="So.", label=i % 3) for i in range(6)]
+    assert len(load_rows(rows)) == 6
+    assert len(load_rows([row | dict(label=row["label"] % 2) for row in rows])) == 2
+
+
 def test_tools_of_a_system_turn_and_spelled_keys():
     system = dict(Role="System", Content="Help.", functions=[dict(name="f")])
     call = {"Role": "Assistant", "Content": None, "toolCalls": [dict(name="f", arguments={})]}
