@@ -83,7 +83,7 @@ def _may_be_content(name: str, values: list) -> bool:
     texts = [leaf for leaf in chain(*map(_leaves, values)) if isinstance(leaf, str)]
     return bool(texts) and not _holds_for_most(lambda t: bool(_CODE.fullmatch(t)), texts)
 
-
+# %% ../nbs/117_contents.ipynb #c37a241c
 def _is_content(name: str, values: list) -> bool:
     "Whether a column that nobody uses is likely one that was meant to be learned."
     if is_about(name) or is_media(name):
@@ -128,12 +128,40 @@ def _flat(row: dict) -> dict:
     return flat
 
 
-def _pairs(columns: list[str], answers: list[str]) -> list[Fields]:
-    "Each column as a question with each other one as its answer; or each as text."
-    pairs: list[Fields] = [dict(question=q, answer=a) for q in columns for a in answers if q != a]
-    return pairs + [dict(text=column) for column in columns]
+def _open_columns(rows: list[dict], known: Fields) -> dict[str, list[str]]:
+    "The columns that could be a part, by what they hold."
+    taken = set(chain(*map(_as_tuple, known.values())))
+    columns_of = defaultdict(list)
+    for column, values in _columns(rows).items():
+        kind = _content_kind(values)
+        is_turns = kind == "turns" and not is_about(column)
+        if column not in taken and (is_turns or _may_be_content(column, values)):
+            columns_of[kind].append(column)
+    return columns_of
 
 
+def _asked(
+    questions: list[str], prose: list[str], answers: list[str], known: Fields
+) -> list[Fields]:
+    "Each question with each answer; a passage by its name is what is asked about."
+    passages = [column for column in prose if key_of(column) in keyed(*PASSAGES)]
+    about: Fields = {}
+    if "input" not in known and len(passages) == 1:
+        about = dict(input=passages[0])
+        answers = [column for column in answers if column != passages[0]]
+    return [{"question": q, **about, "answer": a} for q in questions for a in answers]
+
+
+def _unasked(prose: list[str], words: list[str], content: list[str]) -> list[Fields]:
+    "A single text; or, where more than it is content, each column as what is given or made."
+    if len(content) < 2 or not prose:
+        return [dict(text=column) for column in prose]
+    texts = prose + words
+    answers = texts + [column for column in content if column not in texts]
+    pairs: list[Fields] = [dict(question=q, answer=a) for q in texts for a in answers if q != a]
+    return pairs + [dict(text=column) for column in texts]
+
+# %% ../nbs/117_contents.ipynb #e617c80a
 def readings_by_content(
     rows: list[dict],  # A sample of rows whose names do not say all
     known: Fields | None = None,  # Parts that are known; their columns are not taken
@@ -141,32 +169,15 @@ def readings_by_content(
     "What the columns may be, by their content."
     known = known or {}
     rows = [_flat(row) for row in rows]
-    kinds = column_kinds(rows)
-    columns_of = defaultdict(list)
-    content = content_columns(rows, known)
-    taken = set(chain(*map(_as_tuple, known.values())))
-    for column, values in _columns(rows).items():
-        is_turns = kinds[column] == "turns" and not is_about(column)
-        if column not in taken and (is_turns or _may_be_content(column, values)):
-            columns_of[kinds[column]].append(column)
+    columns_of = _open_columns(rows, known)
+    questions, prose, words = (columns_of[kind] for kind in ("questions", "prose", "words"))
+    answers = [column for column in prose + words if key_of(column) not in _BESIDE]
     if columns_of["turns"]:
         return [dict(messages=column) for column in columns_of["turns"]]
-    questions, prose = columns_of["questions"], columns_of["prose"]
-    passages = [column for column in prose if key_of(column) in keyed(*PASSAGES)]
-    answers = [c for c in prose + columns_of["words"] if key_of(c) not in _BESIDE]
-    if "question" in known:
+    if "question" in known or ("input" in known and not questions):
         return [dict(answer=column) for column in answers]
-    if questions and "answer" not in known and ("input" in known or len(passages) != 1):
-        return [dict(question=q, answer=a) for q in questions for a in answers]
-    if questions and "answer" not in known:
-        passage = passages[0]
-        answers = [column for column in answers if column != passage]
-        return [dict(question=q, input=passage, answer=a) for q in questions for a in answers]
-    if "input" in known or "answer" in known:
-        part = "answer" if "input" in known else "question"
-        return [{part: column} for column in (answers if part == "answer" else questions)]
-    # Of two columns, each could be what is asked
-    texts = prose + (columns_of["words"] if prose else [])
-    texts = [column for column in texts if kinds[column] == "prose" or len(content) > 1]
-    classes = [column for column in content if column not in texts]
-    return _pairs(texts, texts + classes) if prose and len(content) > 1 else _pairs(prose, [])
+    if "answer" in known:
+        return [dict(question=column) for column in questions]
+    if questions:
+        return _asked(questions, prose, answers, known)
+    return _unasked(prose, words, content_columns(rows, known))

@@ -67,7 +67,7 @@ def _messages_of_turn(turn: Any) -> list[dict]:
         message["weight"] = 0
     return [message]
 
-
+# %% ../nbs/124_conversations.ipynb #e1d85ad0
 def _list_in(text: str, label: str) -> Any:
     "A list that stands in a table's cell, as JSON or as Python writes it."
     try:

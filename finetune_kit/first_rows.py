@@ -74,7 +74,7 @@ def _stop_at_unused_content(label: str, rows: list[dict], found: list[FoundField
     verb = "would be all that is learned" if parts == ("text",) else "would be learned alone"
     _stop(label, f"has more to it: {names} {verb}, without {', '.join(left)}", mappings[-4:])
 
-
+# %% ../nbs/118_first_rows.ipynb #b442a08e
 def reading_of(
     label: str,  # How a message names the rows
     rows: list[dict],  # The first of them

@@ -179,7 +179,7 @@ def _is_preference(name: Any, value: Any) -> bool:
     is_truth = not isinstance(value, str | list | dict) or str(value).strip().lower() in _TRUTH
     return bool(_PREFERENCE & set(words_of(name))) and not is_about(name) and not is_truth
 
-
+# %% ../nbs/123_marks.ipynb #4974389d
 def columns_of_numbers(
     rows: Iterable[dict],  # The first of a part
 ) -> frozenset:  # Names of columns
@@ -253,7 +253,7 @@ def _unused_in_turns(turns: Any, label: str) -> list[str]:
         keys += [f"{label}[].{name}" for name in told]
     return keys
 
-
+# %% ../nbs/123_marks.ipynb #e563199b
 def unused_keys(
     raw: Any,  # A row that was used
     fields: Fields,  # Its parts

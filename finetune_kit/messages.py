@@ -55,7 +55,7 @@ def _system_messages(raw: dict, fields: Fields) -> list[dict]:
 
 def _history_messages(raw: dict, fields: Fields) -> list[dict]:
     name = fields.get("history")
-    pairs = raw.get(name) or []
+    pairs = (raw.get(name) if name else None) or []
     is_pair_list = isinstance(pairs, list) and all(
         isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs
     )
@@ -255,6 +255,37 @@ def check_parts_used(
                 f"or mapping={{'ignore': [{name!r}]}} knowingly leaves it aside"
             )
 
+# %% ../nbs/125_messages.ipynb #029e5893
+def _with_tools(row: dict, tools: list[dict]) -> dict:
+    "A row with its tools. `ValueError` where it has others already."
+    if tools and row.get("tools", tools) != tools:
+        raise ValueError("the row and its system's turn give different tools")
+    return row | dict(tools=tools) if tools else row
+
+
+def _chat_row(raw: dict, fields: Fields, numbers: Numbers) -> dict:
+    "A row of messages, with the tools that it or its system's turn gives."
+    messages = _all_messages(raw, fields, numbers)
+    _check_conversation(messages)
+    row: dict[str, Any] = dict(messages=messages)
+    check_parts_used(raw, fields, row)
+    row |= _labels(raw, fields)
+    name = fields.get("messages")
+    if isinstance(name, str):
+        row = _with_tools(row, tools_in_turns(value_at(raw, name), name))
+    tools = raw.get(fields.get("tools"))
+    return _with_tools(row, tool_list(tools) if tools else [])
+
+
+def _text_row(raw: dict, fields: Fields) -> dict:
+    "A row of plain text."
+    _check_alone(raw, fields)
+    if raw.get(fields.get("tools")):
+        raise ValueError("it has 'tools', and no conversation that could call them")
+    row = dict(text=_field_text(raw, fields["text"], "text"))
+    check_parts_used(raw, fields, row)
+    return row | _labels(raw, fields)
+
 # %% ../nbs/125_messages.ipynb #d9dfcd83
 def shape_row(
     raw: Any,  # A row as it was read: a dictionary, a text, turns, or the error of its loader
@@ -277,32 +308,10 @@ def shape_row(
     if not is_usable(fields):
         names = ", ".join(map(str, raw)) or "(none)"
         raise ValueError(f"no question and answer, messages or text among the fields {names}")
-    tools = raw.get(fields.get("tools"))
     asks = "question" in fields or "input" in fields
-    if "messages" not in fields and not (asks and ("answer" in fields or "choices" in fields)):
-        _check_alone(raw, fields)
-        if tools:
-            raise ValueError("it has 'tools', and no conversation that could call them")
-        text_row = dict(text=_field_text(raw, fields["text"], "text"))
-        check_parts_used(raw, fields, text_row)
-        return text_row | _labels(raw, fields)
-    messages = _all_messages(raw, fields, numbers)
-    _check_conversation(messages)
-    row: dict[str, Any] = dict(messages=messages)
-    check_parts_used(raw, fields, row)
-    row |= _labels(raw, fields)
-    messages_name = fields.get("messages")
-    if isinstance(messages_name, str):
-        in_turns = tools_in_turns(value_at(raw, messages_name), messages_name)
-        row = _with_tools(row, in_turns)
-    return _with_tools(row, tool_list(tools) if tools else [])
-
-
-def _with_tools(row: dict, tools: list[dict]) -> dict:
-    "A row with its tools. `ValueError` where it has others already."
-    if tools and row.get("tools", tools) != tools:
-        raise ValueError("the row and its system's turn give different tools")
-    return row | dict(tools=tools) if tools else row
+    if "messages" in fields or (asks and ("answer" in fields or "choices" in fields)):
+        return _chat_row(raw, fields, numbers)
+    return _text_row(raw, fields)
 
 # %% ../nbs/125_messages.ipynb #c95b6d51
 def check_rivals(

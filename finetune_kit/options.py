@@ -296,7 +296,7 @@ def _meanings(choice: Choice) -> list[dict[Numbers, int]]:
             meanings.append(fits)
     return meanings
 
-
+# %% ../nbs/105_options.ipynb #e1a3af8e
 def is_numbered(
     choice: Choice,  # Of one row
 ) -> bool:

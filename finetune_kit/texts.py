@@ -25,7 +25,7 @@ def clean(
 # %% ../nbs/121_texts.ipynb #46b8c573
 def _part_text(part: Any, label: str) -> str:
     if isinstance(part, dict) and "type" not in part and not part.keys() <= {"text", "value"}:
-        others = ", ".join(map(str, part.keys() - {"text", "value"}))
+        others = ", ".join(str(key) for key in part if key not in ("text", "value"))
         raise ValueError(f"{label} is several texts, told apart by {others[:40]}; map one of them")
     if isinstance(part, dict) and part.get("type", "text") == "text":
         text = part.get("text", part.get("value"))

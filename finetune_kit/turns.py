@@ -82,7 +82,7 @@ def _as_log(turn: dict) -> dict:
     names = {speaker[0]: "role", said[0]: "content"}
     return {names.get(key, key): value for key, value in turn.items()}
 
-
+# %% ../nbs/112_turns.ipynb #46a7138e
 def named_turn(
     turn: dict,  # As it stands in a file
 ) -> dict:  # Under the names of here
@@ -132,7 +132,7 @@ def is_turn_list(
     value = turns_in(value)
     return isinstance(value, list) and len(value) > 0 and all(map(is_turn, value))
 
-
+# %% ../nbs/112_turns.ipynb #2b42f067
 _GROUPS = {"conversation", "dialogue", "dialog", "thread", "session", "chat", "parent"}
 
 
