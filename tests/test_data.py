@@ -309,7 +309,7 @@ def read(path):
     try:
         return list(stream_rows(path, into=into)), into.rejects
     except NoTextColumnsError as error:
-        assume("can be read in" not in str(error))  # Two readings stop a run, as they should
+        assume("choose one" not in str(error))  # Two readings stop a run, as they should
         raise
 
 
