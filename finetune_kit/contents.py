@@ -79,11 +79,16 @@ def _leaves(value: Any) -> list:
     return list(chain(*map(_leaves, value))) if isinstance(value, list) else [value]
 
 
+def _is_one_of_two(name: str) -> bool:
+    "Whether a column holds a preferred answer or the other: used only where it is asked for."
+    return bool({"chosen", "rejected"} & set(words_of(name)))
+
+
 def _may_be_content(name: str, values: list) -> bool:
     "Whether a column could be a question or an answer: it has words, and is no id or path."
     if is_about(name) or is_media(name) or key_of(name) in SPEAKERS:
         return False
-    if {"chosen", "rejected"} & set(words_of(name)):  # Used only where it is asked for
+    if _is_one_of_two(name):
         return False
     texts = [leaf for leaf in chain(*map(_leaves, values)) if isinstance(leaf, str)]
     return bool(texts) and not _holds_for_most(lambda t: bool(_CODE.fullmatch(t)), texts)
@@ -139,7 +144,7 @@ def _open_columns(rows: list[dict], known: Fields) -> dict[str, list[str]]:
     columns_of = defaultdict(list)
     for column, values in _columns(rows).items():
         kind = _content_kind(values)
-        is_turns = kind == "turns" and not is_about(column)
+        is_turns = kind == "turns" and not is_about(column) and not _is_one_of_two(column)
         if column not in taken and (is_turns or _may_be_content(column, values)):
             columns_of[kind].append(column)
     return columns_of

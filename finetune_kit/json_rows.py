@@ -65,8 +65,9 @@ def _by_index(value: dict) -> list | None:
 
 
 def _are_columns(values: list) -> bool:
-    "Whether values are lists of one length."
-    return all(isinstance(v, list) for v in values) and len({len(v) for v in values}) == 1
+    "Whether values are lists of one length, and none of them is a conversation of one row."
+    are_lists = all(isinstance(v, list) and not is_message_list(v) for v in values)
+    return are_lists and len({len(v) for v in values}) == 1
 
 # %% ../nbs/119_json_rows.ipynb #85d8ddaf
 def _with_split(row: Any, split: str) -> Any:
