@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .core import DatasetLoadError, Registry
-from .fields import is_message_list
 from .json_rows import is_row_list, parse_json, rows_in
 from .tables import drop_spaces, table_format
+from .turns import is_message_list
 
 # %% ../nbs/120_read.ipynb #d2cfda9a
 loaders = Registry("file format")  # Suffix → loader

@@ -9,11 +9,13 @@ __all__ = ['Rows', 'RawRow', 'stream_rows', 'drop_near', 'load_rows']
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from itertools import chain, islice, zip_longest
 from typing import Any, NamedTuple, SupportsIndex
 
+from .contents import column_kinds
 from finetune_kit.core import (
+    DatasetLoadError,
     EmptyDatasetError,
     InvalidConfigError,
     NoTextColumnsError,
@@ -23,21 +25,19 @@ from finetune_kit.core import (
 from .duplicates import NearPair, near_pairs
 from finetune_kit.fields import (
     IGNORE,
+    MEANING,
     Detection,
     FieldMapping,
     Fields,
     FoundFields,
     check_mapping,
-    column_kinds,
     find_fields,
-    is_message_list,
-    is_usable,
-    readings_by_content,
-    value_at,
     without_ignored,
 )
-from .messages import check_rivals, shape_row, spoken_text, unused_keys
-from .options import counts_from_one
+from .first_rows import numbers_of, reading_of
+from .marks import columns_of_numbers, note_of_marks, unused_keys
+from .messages import check_rivals, shape_row, spoken_text
+from .options import Numbers
 from .read import Lines
 from .sources import DataSource, Source, SourcePart, resolve_source, source_parts
 from .split_names import named_split, split_column
@@ -48,6 +48,7 @@ from finetune_kit.trees import (
     is_message_tree,
     tree_conversations,
 )
+from .turns import is_message_list
 
 # %% ../nbs/130_rows.ipynb #6997f66e
 # What follows these in a reason is about the one row: "duplicate of a.jsonl:1", "no JSON: …"
@@ -111,50 +112,21 @@ class RawRow(NamedTuple):
     source: str  # "a.jsonl:3"
     value: Any  # Of the file; a `ValueError` where it could not be read
     by_content: Fields = {}  # noqa: RUF012  Fields as the first rows of the part suggest them
-    counts_from: int = 0  # The number of the first choice
+    numbers: Numbers = "from 0"  # What a number means, where it says which choice is right
     wanted: str | None = None  # As in `SourcePart`
     split_column: str | None = None  # The column that names the row's split
+    no_marks: frozenset = frozenset()  # Columns that are no marks of good or bad
 
 
-def _stop_at_two_readings(label: str, readings: Sequence[Fields]) -> None:
-    "`NoTextColumnsError` where there are several."
-    if len(readings) > 1:
-        shown = [f"mapping={reading!r}" for reading in readings[:4]]
-        raise NoTextColumnsError(
-            f"{label} can be read in {len(readings)} ways; choose one: {' or '.join(shown)}"
-        )
-
-
-def _reading(label: str, rows: list[dict], mapping: FieldMapping | None) -> Fields:
-    "What the first rows show by their content. `NoTextColumnsError` where it is not clear."
-    found = [find_fields(row, mapping) for row in rows]
-    rivals = [fields.rivals for fields in found if fields.rivals]
-    if len(rivals) > len(rows) / 2:
-        part, names = next(iter(rivals[0].items()))
-        _stop_at_two_readings(label, [{part: name} for name in names])
-    pairs = zip(rows, found, strict=True)
-    unclear = [(row, fields) for row, fields in pairs if not is_usable(fields.fields)]
-    if not unclear:
-        return {}
-    known = unclear[0][1].fields
-    sample = [without_ignored(row, mapping) for row, _ in unclear]
-    readings = readings_by_content(sample, known)
-    if len(unclear) > len(rows) / 2:
-        _stop_at_two_readings(label, readings)
-    return readings[0] if len(readings) == 1 else {}
-
-
-def _first_number(rows: list[dict], mapping: FieldMapping | None) -> int:
-    "What the choices of the first rows count from."
-    pairs = []
-    for row in rows:
-        fields = find_fields(row, mapping).fields
-        if "label" in fields and isinstance(fields["label"], str):
-            names = fields["choices"]
-            joined = isinstance(names, tuple)
-            value = [row.get(name) for name in names] if joined else value_at(row, str(names))
-            pairs.append((value, value_at(row, fields["label"])))
-    return int(counts_from_one(pairs))
+def _all_dicts(source: DataSource) -> Iterator[dict]:
+    "The rows of all parts of a source, up to 10,000 of each; parts that cannot be read give none."
+    for part in source_parts(source, None):
+        try:
+            for _, value in islice(part.lines, 10_000):
+                if isinstance(value, dict):
+                    yield value
+        except DatasetLoadError:
+            continue
 
 # %% ../nbs/130_rows.ipynb #93f57cef
 _OF_CONVERSATION = ("system", "tools", "domain")  # Parts that a mapping may name in a tree
@@ -164,9 +136,9 @@ def _keys_of_conversations(mapping: FieldMapping | None) -> set[str] | None:
     "The keys of a message that belong to its conversation; None where messages are to be rows."
     keys = set(ROW_KEYS)
     for part, names in (mapping or {}).items():
-        if part not in (*_OF_CONVERSATION, IGNORE):
+        if part not in (*_OF_CONVERSATION, IGNORE, MEANING):
             return None
-        if part != IGNORE:
+        if part in _OF_CONVERSATION:
             keys |= {names} if isinstance(names, str) else set(names)
     return keys
 
@@ -207,18 +179,22 @@ def _together(part: SourcePart, mapping: FieldMapping | None, into: Rows) -> Lin
     return _of_trees(lines, row_keys, ignored)
 
 
-def _raw_rows(part: SourcePart, mapping: FieldMapping | None, into: Rows) -> Iterator[RawRow]:
+def _raw_rows(
+    part: SourcePart, source: DataSource, mapping: FieldMapping | None, into: Rows
+) -> Iterator[RawRow]:
     lines = _together(part, mapping, into)
     head = list(islice(lines, 200))
     rows = [value for _, value in head if isinstance(value, dict)]
-    by_content = _reading(part.label, rows, mapping)
-    counts_from = _first_number(rows, mapping)
-    if counts_from:
-        into.notes.append(f"{part.label}: the numbers of the right choices count from 1")
     column = split_column(without_ignored(row, mapping) for row in rows)
+    others = [{name: value for name, value in row.items() if name != column} for row in rows]
+    by_content = reading_of(part.label, others, mapping)
+    no_marks = columns_of_numbers(rows)
+    numbers = numbers_of(part.label, rows, mapping, lambda: _all_dicts(source))
+    if numbers == "from 1":
+        into.notes.append(f"{part.label}: the numbers of the right choices count from 1")
     for line, value in chain(head, lines):
-        source = f"{part.label}:{line}"
-        yield RawRow(source, value, by_content, counts_from, part.wanted, column)
+        place = f"{part.label}:{line}"
+        yield RawRow(place, value, by_content, numbers, part.wanted, column, no_marks)
 
 # %% ../nbs/130_rows.ipynb #5261f893
 def _in_turn(parts: Iterable[Iterator[RawRow]]) -> Iterator[RawRow]:
@@ -243,7 +219,7 @@ def stream_rows(
     into = Rows() if into is None else into
     source = resolve_source(source)
     into.notes += source.notes
-    parts = [_raw_rows(part, mapping, into) for part in source_parts(source, split)]
+    parts = [_raw_rows(part, source, mapping, into) for part in source_parts(source, split)]
     for raw in _in_turn(parts) if in_turn else chain(*parts):
         try:
             found, row = _row_of(raw, mapping)
@@ -258,7 +234,9 @@ def stream_rows(
             if raw.wanted not in (None, row.get("split")):
                 continue
             into.detections[found.detection()] += 1
-            unused = unused_keys(raw.value, found.fields)
+            value = raw.value
+            value = without_ignored(value, mapping) if isinstance(value, dict) else value
+            unused = unused_keys(value, found.fields)
             into.ignored.update(key for key in unused if key != raw.split_column)
             yield row | dict(source=raw.source, id=content_id)
 
@@ -267,13 +245,15 @@ def _row_of(raw: RawRow, mapping: FieldMapping | None) -> tuple[FoundFields, dic
     "The fields of a raw row, and the row. `ValueError` where it cannot be used."
     if is_message_list(raw.value):
         found = FoundFields("content", dict(messages="the turns"), {})
-        return found, shape_row(raw.value, found.fields)
+        row = shape_row(raw.value, found.fields)
+        _check_json(row)
+        return found, row
     found = find_fields(raw.value, mapping, raw.by_content)
     check_rivals(found.rivals)
     if not isinstance(raw.value, dict):
         return found, shape_row(raw.value, found.fields)
     value = without_ignored(raw.value, mapping)
-    row = shape_row(value, found.fields, raw.counts_from)
+    row = shape_row(value, found.fields, raw.numbers, raw.no_marks)
     split = named_split(value, raw.split_column)
     if split:
         row["split"] = split
@@ -342,7 +322,7 @@ def _check_mapped_fields(rows: Rows, mapping: FieldMapping | None, source: DataS
     used |= {re.split(r"[.\[]", name)[0] for name in used}
     for part, names in (mapping or {}).items():
         for name in names if isinstance(names, list) else [names]:
-            if part != IGNORE and name not in used:
+            if part not in (IGNORE, MEANING) and name not in used:
                 raise NoTextColumnsError(
                     f"mapping: no row of {source.label} has a field {name!r}; "
                     f"found: {'; '.join(rows.detected())}"
@@ -391,4 +371,6 @@ def load_rows(
     if not rows:
         raise _no_rows_error(source, split, rows.rejects)
     _check_mapped_fields(rows, mapping, source)
+    note = note_of_marks(rows.ignored)
+    rows.notes += [note] if note else []
     return drop_near(rows) if dedupe == "near" else rows

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from .core import digest
 from .fields import FIELDS
-from .messages import ROLES
+from .turns import is_role, role_of
 
 # %% ../nbs/127_trees.ipynb #a4548088
 _IDS = ("message_id", "id", "msg_id", "uuid")
@@ -78,8 +78,8 @@ class Message(NamedTuple):
 
 
 def _is_answer(message: Message) -> bool:
-    role = ROLES.get(str(_first(message.row, _SPEAKERS)).strip().lower())
-    return role in ("assistant", "call")
+    speaker = _first(message.row, _SPEAKERS)
+    return is_role(speaker) and role_of(speaker) in ("assistant", "call")
 
 
 def _is_deleted(row: dict) -> bool:

@@ -103,7 +103,7 @@ def test_calls_thoughts_and_weights_are_kept():
 
 
 KINDS = {  # Kind → rows, and what the first says last; or a piece of the message that refuses them
-    "mmlu": ([dict(question="Where?", choices=["here", "there"], answer=1)], "there"),
+    "mmlu": ([dict(question="Where?", choices=["here", "there"], answer=0)], "here"),
     "arc": (
         [dict(question="Where?", choices=dict(text=["x", "y"], label=["A", "B"]), answerKey="B")],
         "y",
@@ -119,7 +119,7 @@ KINDS = {  # Kind → rows, and what the first says last; or a piece of the mess
     "two answers": ([dict(problem="1+1?", solution="It is 2.", answer="2")], "choose one"),
     "two texts": (
         [dict(a="This is a whole sentence.", b="And so is this one here.")],
-        "can be read in 2 ways",
+        "can be read in 4 ways",
     ),
     "a turn a row": ([dict(role="user", content="Why?")], "a single message"),
     "tree": (
