@@ -311,7 +311,12 @@ def test_a_damaged_run_is_shown_among_a_thousand(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "name, n_runs, n_first",
-    [("drop_sweep", 24, 2), ("prune_sweep", 12, 2), ("calibration_sweep", 3, 3)],
+    [
+        ("drop_sweep", 24, 2),
+        ("prune_sweep", 12, 2),
+        ("calibration_sweep", 3, 3),
+        ("methods_sweep", 24, 1),
+    ],
 )
 def test_the_ready_sweeps_are_sound(name, n_runs, n_first):
     planned = planned_runs(ROOT / f"experiments/{name}.yaml")
