@@ -146,10 +146,10 @@ def choose_for(
 # %% ../nbs/550_chosen.ipynb #9496f866
 def choice_text(
     choice: Choice,
-) -> str:  # Markdown
+) -> str:  # Plain text
     "How the layers were chosen, in sentences."
     cut = choice.cut
-    text = f"**{cut.by}** chose {', '.join(map(str, choice.plan.dropped))} of {cut.n_layers} layers"
+    text = f"{cut.by} chose {', '.join(map(str, choice.plan.dropped))} of {cut.n_layers} layers"
     if choice.ids:
         text += f", on {len(choice.ids)} rows of the training split"
         short = (cut.rows or 0) - len(choice.ids)

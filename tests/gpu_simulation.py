@@ -12,15 +12,16 @@ import sys
 import tempfile
 from types import SimpleNamespace
 
-os.environ.update(
-    UNSLOTH_ALLOW_CPU="1",
-    TRITON_INTERPRET="1",
-    UNSLOTH_DISABLE_STATISTICS="1",
-    HF_HUB_OFFLINE="1",
-    UNSLOTH_COMPILE_LOCATION=tempfile.mkdtemp(),
-    UNSLOTH_COMPILE_DISABLE="1",
-    TORCHDYNAMO_DISABLE="1",
-)
+if __name__ == "__main__":  # before torch; not where only `CASES` is read
+    os.environ.update(
+        UNSLOTH_ALLOW_CPU="1",
+        TRITON_INTERPRET="1",
+        UNSLOTH_DISABLE_STATISTICS="1",
+        HF_HUB_OFFLINE="1",
+        UNSLOTH_COMPILE_LOCATION=tempfile.mkdtemp(),
+        UNSLOTH_COMPILE_DISABLE="1",
+        TORCHDYNAMO_DISABLE="1",
+    )
 import torch
 
 GIB = 2**30

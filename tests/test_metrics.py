@@ -74,7 +74,7 @@ def test_no_text_takes_long(kind):
 def test_long_texts_have_a_rouge():
     start = time.process_time()
     value = metrics["rouge_l"](["a b c d " * 5_000], ["b a d c " * 5_000])
-    assert 0.5 < value < 1
+    assert value == pytest.approx(0.5)
     assert time.process_time() - start < 5
 
 
