@@ -220,11 +220,14 @@ SPOKEN = dict(
 )
 
 
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def _with_range(line: dict, column: str, unit: str = "") -> str:
     value, lo, hi = (line.get(f"{column}{end}", np.nan) for end in ("", "_lo", "_hi"))
-    if np.isnan(lo):
-        return f"{value:.3g}{unit}"
-    return f"{value:.3g}{unit} ({lo:.3g} to {hi:.3g})"
+    text = f"{_short(value)}{unit}"
+    return text if np.isnan(lo) else f"{text} ({_short(lo)} to {_short(hi)})"
 
 
 def gains_shown(

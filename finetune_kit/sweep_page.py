@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SPEED_METRICS', 'CHOICE_DIALS', 'is_number', 'metric_columns', 'shown_status', 'run_columns', 'sweep_table',
            'side_by_side', 'draw_series', 'plot_sweep', 'ShownValue', 'shown_value', 'ShownRun', 'shown_dials',
-           'shown_runs', 'column_label', 'is_shown', 'png_of', 'healed_metrics', 'method_frontier', 'sweep_page',
-           'write_page']
+           'shown_runs', 'column_label', 'is_shown', 'png_of', 'shown_seeds', 'healed_metrics', 'method_frontier',
+           'sweep_page', 'write_page']
 
 # %% ../nbs/625_sweep_page.ipynb #946fe7c2
 import base64
@@ -23,6 +23,7 @@ from .figures import STATES, plain_text
 from .frontier import frontier, plot_frontier, series_dials
 from .layer_figures import symlog_axis
 from .pages import fill, shipped_text
+from .seeds import over_seeds, seeds_shown
 from .sweep_plan import Planned
 from .sweep_spec import SweepSpec
 
@@ -287,7 +288,29 @@ def png_of(
 
 CHOICE_DIALS = {"drop_by", "drop_count", "drop_share"}
 
+# %% ../nbs/625_sweep_page.ipynb #4b00e1a4
+def shown_seeds(
+    spec: SweepSpec,  # The sweep
+    table: pd.DataFrame,  # As from `sweep_table`
+) -> tuple[list[str], list[list[str]]] | None:  # Headers and rows; None where no two seeds are done
+    "Runs that differ in the seed only, together."
+    if "seed" not in spec.varied or not (table.status == "done").any():
+        return None
+    together = over_seeds(table, spec.varied)
+    if together.n_seeds.max() < 2:
+        return None
+    others = [dial for dial in spec.varied if dial != "seed"]
+    of_healed = ("healed.", "healed_minus_control.", "recovered.")
+    columns = [c for c in together if c.startswith(of_healed) and is_shown(c) and " " not in c]
+    headers = [*others, "seeds", *map(column_label, columns), "verdict"]
+    texts = seeds_shown(together, columns)
+    rows = [
+        [*(str(row[dial]) for dial in others), str(row["n_seeds"]), *words, row["verdict"]]
+        for row, words in zip(together.to_dict("records"), texts, strict=True)
+    ]
+    return headers, rows
 
+# %% ../nbs/625_sweep_page.ipynb #fa19b4ec
 def healed_metrics(
     table: pd.DataFrame,  # As from `sweep_table`
 ) -> tuple[str, ...]:  # "nll", and the metric of the verdicts
@@ -335,6 +358,7 @@ def sweep_page(
         shared=shared,
         figure=png_of(plot_sweep(table, spec.varied[0])),
         frontier=png_of(method_frontier(spec, table, infos)),
+        seeds=shown_seeds(spec, table),
         dials=shown_dials(spec, table),
         measured=[column_label(column) for column in measured],
         rows=shown_runs(spec, table, measured),
